@@ -1,0 +1,125 @@
+"""What was asked for, as frozen values that refuse what cannot be true.
+
+Each class checks itself when it is made, so that nothing downstream has to. What becomes true
+only when the model is known (lengths, pages, dtype) is resolved once, in `llm.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from specinfer.errors import ConfigError
+
+Draw = Literal["auto", "iid", "without-replacement", "pick"]
+VerifierName = Literal["auto", "match", "topdown", "traversal"]
+
+PAPER_TREE = "1,1,3,1,1,1,1,1"
+"""The shape SpecInfer was evaluated with: depth 8, 20 nodes."""
+
+_UNBUILT_TREES = ("sequoia", "best-first", "calibrated")
+
+
+def parse_tree(text: str) -> tuple[int, ...]:
+    """Read a fixed shape: `"1,1,3"` means 1 child, then 1, then 3 children per node of a level.
+
+    raises  ConfigError if a width is not a whole number of at least 1
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and word.isascii() and int(word) > 0 for word in words):
+        raise ConfigError(
+            f"tree={text!r} is not a tree shape: give widths of at least 1 separated by commas, "
+            f'such as "{PAPER_TREE}", or "auto" or "off"'
+        )
+    return tuple(int(word) for word in words)
+
+
+def count_nodes(widths: tuple[int, ...]) -> int:
+    """How many nodes a fixed shape has at most, without the root."""
+    total, level = 0, 1
+    for width in widths:
+        level *= width
+        total += level
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How to guess ahead and how to verify.
+
+    tree               "auto" | "off" | widths such as "1,1,3,1,1,1,1,1"
+    verifier           "auto" (greedy at temperature 0, match when seeded, else traversal)
+                       | "match" | "topdown" | "traversal"
+    max_nodes          drafted nodes per request and step, without the root; None: as the shape says
+    max_depth          deepest node, in tokens after the root; None: as the shape says
+    draft_temperature  the drafters' temperature; None: the request's own
+    draw               how slots are drawn: "auto" (picks when greedy, seeded or matched, else
+                       without replacement) | "iid" | "without-replacement" | "pick"
+    """
+
+    tree: str = "auto"
+    verifier: VerifierName = "auto"
+    max_nodes: int | None = None
+    max_depth: int | None = None
+    draft_temperature: float | None = None
+    draw: Draw = "auto"
+
+    def __post_init__(self) -> None:
+        if self.tree in _UNBUILT_TREES:
+            raise ConfigError(
+                f"tree={self.tree!r} is not built yet: use a fixed shape such as "
+                f'"{PAPER_TREE}", "auto" or "off"'
+            )
+        if self.tree not in ("auto", "off"):
+            parse_tree(self.tree)
+        if self.verifier not in get_args(VerifierName):
+            raise ConfigError(f"verifier={self.verifier!r}: use one of {get_args(VerifierName)}")
+        if self.draw not in get_args(Draw):
+            raise ConfigError(f"draw={self.draw!r}: use one of {get_args(Draw)}")
+        for name in ("max_nodes", "max_depth"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        if self.draft_temperature is not None and not self.draft_temperature > 0:
+            raise ConfigError(f"draft_temperature={self.draft_temperature} must be above 0")
+        if self.verifier == "match" and self.draw in ("iid", "without-replacement"):
+            return  # lawful: match is exact for any tree, however its tokens were drawn
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The fixed shape this asks for, cut to max_depth and max_nodes; () means no speculation."""
+        if self.tree == "off":
+            return ()
+        widths = parse_tree(PAPER_TREE if self.tree == "auto" else self.tree)[: self.max_depth]
+        if self.max_nodes is not None:
+            while widths and count_nodes(widths) > self.max_nodes:
+                widths = widths[:-1]
+        return widths
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The engine's limits.
+
+    max_num_seqs            requests computed in one step
+    max_num_batched_tokens  tokens computed in one step: prompt chunks, roots and drafted nodes
+    max_model_len           prompt + output tokens of one request; None: what the model was built for
+    kv_cache_memory         bytes for the target's pages; None: enough for max_num_seqs requests of
+                            max_model_len, at most a quarter of the free memory
+    block_size              tokens per page
+    seed                    base of the randomness of unseeded requests
+    """
+
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    kv_cache_memory: int | None = None
+    block_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_model_len", "kv_cache_memory"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")

@@ -1,0 +1,179 @@
+"""What one caller asked for, and what comes back: names and defaults are vLLM's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from specinfer.errors import ConfigError
+
+FinishReason = Literal["stop", "length", "abort"]
+
+_UNBUILT = (
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "logprobs",
+    "prompt_logprobs",
+    "response_format",
+    "structured_outputs",
+    "bad_words",
+    "allowed_token_ids",
+    "priority",
+    "prediction",
+    "speculation",
+    "target_tpot_s",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to sample one request.
+
+    n                sampled continuations of the prompt
+    temperature      0 is greedy
+    top_k            keep the k likeliest tokens; 0 or -1: all
+    top_p            keep the likeliest tokens whose mass reaches this, in (0, 1]
+    min_p            drop tokens below this share of the likeliest one's probability, in [0, 1]
+    seed             the same text for the same seed, whatever the tree, the batch or the load
+    stop             strings that end the text; cut off unless include_stop_str_in_output
+    stop_token_ids   tokens that end the text, beside the model's own end tokens
+    max_tokens       output tokens at most; None: the rest of the context
+    min_tokens       end tokens are not sampled before this many output tokens
+    ignore_eos       go on past the model's end tokens
+
+    Filters apply in the order min_tokens, temperature, min_p, top_k, top_p.
+    raises  ConfigError for a value out of range, or for a field that is not built yet
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    seed: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    priority: int = 0
+    prediction: str | None = None
+    speculation: dict[str, Any] | None = None
+    target_tpot_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in _UNBUILT:
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise ConfigError(f"{name} is not built yet: leave it out")
+        requirements = (
+            ("n", self.n >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= -1, "at least 1, or 0 for all tokens"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
+            ("min_tokens", self.min_tokens >= 0, "at least 0"),
+            ("seed", self.seed is None or self.seed >= 0, "at least 0"),
+            ("stop", "" not in self.stop_strings, "free of empty strings"),
+        )
+        for name, holds, rule in requirements:
+            if not holds:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be {rule}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ConfigError(
+                f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}"
+            )
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, whatever form it was given in."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the law is a point mass at the likeliest token."""
+        return self.temperature == 0 or self.top_k == 1
+
+
+_DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}
+
+
+@dataclass(slots=True)
+class RequestStats:
+    """What speculation did for one request.
+
+    num_target_steps    every target step that emitted for it: plain decoding is exactly 1.0 per step
+    num_drafted         distinct drafted nodes that the target scored
+    num_accepted        drafted tokens that were emitted
+    accepted_by_depth   entry d - 1: how many were accepted at depth d
+    accepted_by_source  per drafter's name: how many of the accepted it proposed
+    """
+
+    num_output_tokens: int = 0
+    num_target_steps: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    accepted_by_depth: list[int] = field(default_factory=list)
+    accepted_by_source: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Output tokens per target step; 0 before the first."""
+        return self.num_output_tokens / self.num_target_steps if self.num_target_steps else 0.0
+
+    def add(self, other: "RequestStats") -> None:
+        """Add another's counts to this one's."""
+        self.num_output_tokens += other.num_output_tokens
+        self.num_target_steps += other.num_target_steps
+        self.num_drafted += other.num_drafted
+        self.num_accepted += other.num_accepted
+        missing = len(other.accepted_by_depth) - len(self.accepted_by_depth)
+        self.accepted_by_depth.extend([0] * missing)
+        for depth, count in enumerate(other.accepted_by_depth):
+            self.accepted_by_depth[depth] += count
+        for source, count in other.accepted_by_source.items():
+            self.accepted_by_source[source] = self.accepted_by_source.get(source, 0) + count
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sampled continuation; finish_reason is None while it runs.
+
+    stop_reason  the stop string or stop token that ended it; None for the model's own end token
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    logprobs: None = None
+    cumulative_logprob: None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request's continuations so far, and what speculation did for it."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    stats: RequestStats = field(default_factory=RequestStats)
+    prompt_logprobs: None = None

@@ -1,0 +1,184 @@
+"""The token tree: what the drafters proposed for one request, as nodes and slots.
+
+A *node* is unique per (parent, token): one position, one K and V. A *slot* is one proposal of a
+node: who proposed it, in which order, and from which law its token was really drawn. Several slots
+may propose one node; a verifier subtracts each law in turn. The laws are the whole correctness
+condition (docs/algorithm.md, "Predictability"): a recorded law that is not the one the token was
+drawn from shifts the output.
+
+            root "the"                 node 0, depth 0: the last committed token
+           /          \\
+     "cat" slots 0,2   "dog" slot 1    nodes 1 and 2, depth 1; two slots propose "cat"
+          |
+     "sat" slot 3                      node 3, depth 2
+
+Plain numbers and numpy rows: no device, no model.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from specinfer.errors import LawError
+
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Law:
+    """π, the law a slot's token was really drawn from.
+
+    rows  [*, vocab] float32, rows sum to 1: the drafter's laws, shared by many slots
+    row   which of them; -1 means a point mass at the slot's own token (see PICK)
+    seen  tokens that could not be drawn (drawn before, without replacement); the rest of the row
+          is renormalised
+    """
+
+    rows: Floats
+    row: int
+    seen: tuple[int, ...] = ()
+
+    @property
+    def is_pick(self) -> bool:
+        """Whether the token was picked by looking at it: then π is a point mass."""
+        return self.row < 0
+
+    def dense(self) -> Floats:
+        """π over the whole vocabulary: [vocab] float32. Not for picks.
+
+        raises  LawError if nothing is left once `seen` is taken out
+        """
+        assert not self.is_pick
+        if not self.seen:
+            return self.rows[self.row]
+        rest = self.rows[self.row].copy()
+        rest[list(self.seen)] = 0.0
+        mass = rest.sum(dtype=np.float64)
+        if not mass > 0:
+            raise LawError("a slot was drawn without replacement from a law with nothing left")
+        return rest / np.float32(mass)
+
+
+PICK = Law(np.zeros((0, 0), np.float32), -1)
+"""The law of a token that was picked (top-k, argmax, n-gram, predicted text): a point mass."""
+
+
+class Slot(NamedTuple):
+    """One proposal: `parent` → `node` with that node's token, drawn from `law`.
+
+    law is None where the drafter did not record it: only greedy and match may then verify.
+    """
+
+    parent: int
+    node: int
+    source: int
+    law: Law | None
+
+
+class TokenTree:
+    """Nodes in an order in which parents come before children; node 0 is the root.
+
+    tokens, parents, depths  one entry per node; parents[0] is -1, depths[0] is 0
+    slots                    every proposal; a slot's id is its index here
+    slots_of                 per node, the ids of its slots in the order a verifier examines them
+    """
+
+    __slots__ = ("_child", "depths", "parents", "slots", "slots_of", "tokens")
+
+    def __init__(self, root_token: int) -> None:
+        self.tokens = [root_token]
+        self.parents = [-1]
+        self.depths = [0]
+        self.slots: list[Slot] = []
+        self.slots_of: list[list[int]] = [[]]
+        self._child: dict[tuple[int, int], int] = {}
+
+    def __len__(self) -> int:
+        """Nodes, the root included."""
+        return len(self.tokens)
+
+    @property
+    def num_drafted(self) -> int:
+        """Distinct drafted nodes, without the root: what budgets count."""
+        return len(self.tokens) - 1
+
+    def add(self, parent: int, token: int, *, source: int = 0, law: Law | None = PICK) -> int:
+        """Append a slot under `parent` and return its node, which is made if it is new."""
+        node = self._child.get((parent, token))
+        if node is None:
+            node = len(self.tokens)
+            self._child[parent, token] = node
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self.depths.append(self.depths[parent] + 1)
+            self.slots_of.append([])
+        self.slots_of[parent].append(len(self.slots))
+        self.slots.append(Slot(parent, node, source, law))
+        return node
+
+    def child(self, parent: int, token: int) -> int | None:
+        """The node of `token` under `parent`, if any slot proposed it."""
+        return self._child.get((parent, token))
+
+    def children(self, node: int) -> list[int]:
+        """Distinct children, in the order of their first slot."""
+        return list(dict.fromkeys(self.slots[slot].node for slot in self.slots_of[node]))
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the root's child down to `node`; [] for the root."""
+        path = []
+        while node > 0:
+            path.append(node)
+            node = self.parents[node]
+        return path[::-1]
+
+    def ancestor_mask(self) -> Bools:
+        """[nodes, nodes]: entry (i, j) is True where j is i or an ancestor of i."""
+        mask = np.zeros((len(self), len(self)), np.bool_)
+        mask[0, 0] = True
+        for node in range(1, len(self)):
+            mask[node] = mask[self.parents[node]]
+            mask[node, node] = True
+        return mask
+
+
+def union(
+    trees: Sequence[TokenTree], rng: np.random.Generator
+) -> tuple[TokenTree, list[list[int]]]:
+    """Merge trees of one root into one tree that keeps every slot with its own law.
+
+    Equal token strings share one node. Under a node that several trees share, slots are examined
+    in a random order that does not look at tokens and keeps each tree's own order (a slot drawn
+    without replacement is lawful only after those drawn before it).
+
+    returns  the merged tree, and per tree its map from own node to merged node
+    source   SpecInfer §3, "merge-based speculation"; docs/algorithm.md, "Merge"
+    """
+    merged = TokenTree(trees[0].tokens[0])
+    maps = [[0] for _ in trees]
+    inverse: list[dict[int, int]] = [{0: 0} for _ in trees]  # per tree: merged node -> own node
+    node = 0
+    while node < len(merged):  # merged nodes come parents first, so this is one sweep
+        owners = [index for index in range(len(trees)) if node in inverse[index]]
+        queues = {t: iter(trees[t].slots_of[inverse[t][node]]) for t in owners}
+        for index in _interleave(
+            {t: len(trees[t].slots_of[inverse[t][node]]) for t in owners}, rng
+        ):
+            slot = trees[index].slots[next(queues[index])]
+            token = trees[index].tokens[slot.node]
+            inverse[index][merged.add(node, token, source=slot.source, law=slot.law)] = slot.node
+        node += 1
+    for index, tree in enumerate(trees):
+        own = {own_node: merged_node for merged_node, own_node in inverse[index].items()}
+        maps[index] = [own[node] for node in range(len(tree))]
+    return merged, maps
+
+
+def _interleave(counts: dict[int, int], rng: np.random.Generator) -> Iterable[int]:
+    """The keys, each as often as counted, in a uniformly random order."""
+    order = np.repeat(list(counts), list(counts.values()))
+    return [int(key) for key in (rng.permutation(order) if len(counts) > 1 else order)]
