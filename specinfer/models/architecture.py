@@ -216,8 +216,9 @@ def read_architecture(config: Config) -> Architecture:
         )
     config = {**family.defaults, **config}
     _refuse_unsupported(config)
-    num_layers, num_heads = _read_int(config, "num_hidden_layers"), _read_int(
-        config, "num_attention_heads"
+    num_layers, num_heads = (
+        _read_int(config, "num_hidden_layers"),
+        _read_int(config, "num_attention_heads"),
     )
     hidden_size = _read_int(config, "hidden_size")
     head_dim = config.get("head_dim") or hidden_size // num_heads
@@ -300,26 +301,25 @@ def _read_rope(config: Config) -> Rope:
         length = config.get("original_max_position_embeddings") or fields.get(
             "original_max_position_embeddings", length
         )
-    factor = fields.get("factor")
-    if factor is None and kind == "yarn":
-        factor = config["max_position_embeddings"] / length
-    needed = {"factor": factor}
-    if kind == "llama3":
-        needed |= {key: fields.get(key) for key in ("low_freq_factor", "high_freq_factor")}
-    missing = [key for key, value in needed.items() if value is None]
+    values = dict(fields)
+    if kind == "yarn" and values.get("factor") is None:
+        values["factor"] = config["max_position_embeddings"] / length
+    needed = ["factor"] + ["low_freq_factor", "high_freq_factor"] * (kind == "llama3")
+    missing = [key for key in needed if values.get(key) is None]
     if missing:
         raise CheckpointError(f"config.json has rope_type={kind!r} without {', '.join(missing)}")
+    factor = float(values["factor"])
     return Rope(
         kind=kind,
         theta=theta,
-        factor=float(factor),
+        factor=factor,
         original_length=int(length),
-        low_freq_factor=float(needed.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(needed.get("high_freq_factor", 4.0)),
+        low_freq_factor=float(values.get("low_freq_factor") or 1.0),
+        high_freq_factor=float(values.get("high_freq_factor") or 4.0),
         beta_fast=float(fields.get("beta_fast") or 32.0),
         beta_slow=float(fields.get("beta_slow") or 1.0),
         truncate=bool(fields.get("truncate", True)),
-        attention_factor=_attention_factor(fields, float(factor)) if kind == "yarn" else 1.0,
+        attention_factor=_attention_factor(fields, factor) if kind == "yarn" else 1.0,
     )
 
 

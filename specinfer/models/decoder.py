@@ -44,7 +44,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend
     ) -> Tensor:
-        """hidden [n, hidden] -> the same; cos, sin as `Rotary` gives them."""
+        """Map hidden [n, hidden] to the next; cos, sin as `Rotary` gives them."""
         n, heads, kv_heads = hidden.shape[0], self.num_heads, self.num_kv_heads
         qkv = self.qkv(self.attention_norm(hidden)).view(n, heads + 2 * kv_heads, self.head_dim)
         qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
@@ -54,7 +54,7 @@ class DecoderLayer(nn.Module):
         mixed = attend(layer, qk[:, :heads], qk[:, heads:], v)
         hidden = hidden + self.output(mixed.reshape(n, heads * self.head_dim))
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, -1)
-        return hidden + self.down(self.activation(gate) * up)
+        return torch.add(hidden, self.down(self.activation(gate) * up))
 
 
 class Decoder(nn.Module):

@@ -32,7 +32,7 @@ class Linear(nn.Module):
         self.bias: Tensor | None = nn.Parameter(torch.empty(sum(widths))) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [n, inputs] -> [n, sum(widths)]."""
+        """Map x [n, inputs] to [n, sum(widths)]."""
         return linear(x, self.weight, self.bias)
 
     def pack(self, weight: Tensor | None = None) -> None:
@@ -46,7 +46,11 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, accumulated in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight, accumulated in float32.
+
+    Equal to transformers' bit by bit in float32. In bfloat16 it rounds once, after the weight,
+    where transformers rounds before and after it.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -55,7 +59,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., size] -> the same."""
+        """Norm x [..., size] over its last dimension."""
         return F.rms_norm(x, self.size, self.weight, self.eps)
 
 
@@ -75,7 +79,7 @@ class Rotary:
         self._frequencies = inverse_frequencies(rope, head_dim)
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [n] -> cos, sin [n, 1, head_dim]; the first half of sin is negated."""
+        """Map positions [n] to cos, sin [n, 1, head_dim]; the first half of sin is negated."""
         if self._frequencies.device != positions.device:
             self._frequencies = self._frequencies.to(positions.device)
         frequencies = self._frequencies
@@ -90,7 +94,7 @@ class Rotary:
         return cos[:, None], sin[:, None]
 
     def _dynamic_frequencies(self, positions: Tensor) -> Tensor:
-        """positions [n] -> [n, head_dim / 2]: the base grows with a token's own position."""
+        """Map positions [n] to [n, head_dim / 2]: the base grows with a token's own position."""
         rope, dim = self.rope, self.head_dim
         lengths = (positions + 1).clamp(min=rope.original_length)
         growth = rope.factor * lengths / rope.original_length - (rope.factor - 1)

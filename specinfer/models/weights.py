@@ -26,7 +26,7 @@ from specinfer.errors import (
 from specinfer.models.architecture import FAMILIES, Architecture, read_architecture
 from specinfer.models.decoder import Decoder
 from specinfer.models.layers import Linear
-from specinfer.ops.linear import can_pack
+from specinfer.ops.linear import can_pack, has_native
 
 Progress = Callable[[int, int], None]
 """progress(bytes read so far, bytes in all)"""
@@ -128,13 +128,16 @@ class _Checkpoint:
 
     def _open(self, shard: Path) -> Any:
         try:
-            return safe_open(str(shard), framework="pt")  # type: ignore[no-untyped-call]
+            return safe_open(str(shard), framework="pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{shard} cannot be read, it may be truncated ({error}): download it again"
             ) from error
 
     def _shards(self) -> list[Path]:
+        single = self.path / "model.safetensors"
+        if single.exists():
+            return [single]
         index = self.path / _INDEX
         if index.exists():
             named = _read_json(index, "").get("weight_map")
@@ -148,9 +151,6 @@ class _Checkpoint:
                     "download the folder again"
                 )
             return shards
-        single = self.path / "model.safetensors"
-        if single.exists():
-            return [single]
         if any(self.path.glob("*.bin")):
             raise CheckpointError(
                 f"{self.path} has only PyTorch .bin weights: convert them to safetensors, "
@@ -239,25 +239,37 @@ class _Loader:
         module_name, _, kind = name.rpartition(".")
         module = self.decoder.get_submodule(module_name)
         if self.blocked and isinstance(module, Linear) and kind == "weight":
-            module.pack(self._gather(parts))
+            module.pack(self._view(parts))
         else:
-            weight = self._gather(parts).to(self.device)
-            # A mapped tensor would keep the file's pages, and its storage the whole file.
-            weight = weight.clone() if len(parts) == 1 and weight.device.type == "cpu" else weight
+            weight = self._stack(parts, self.device)
             setattr(module, kind, nn.Parameter(weight, requires_grad=False))
 
-    def _gather(self, parts: tuple[_Part, ...]) -> Tensor:
-        """The parts one below the other, in our dtype; one part stays a view of its file."""
-        tensors = []
+    def _view(self, parts: tuple[_Part, ...]) -> Tensor:
+        """The parts as one weight, straight from the mapped file where it is one tensor."""
+        if len(parts) == 1:
+            tensor = self._read(parts[0])
+            if tensor.dtype == self.dtype:
+                return tensor
+        return self._stack(parts, torch.device("cpu"))
+
+    def _stack(self, parts: tuple[_Part, ...], device: torch.device) -> Tensor:
+        """The parts one below the other, in our own memory: one mapped at a time."""
+        rows = sum(part.shape[0] for part in parts)
+        stacked = torch.empty(rows, *parts[0].shape[1:], dtype=self.dtype, device=device)
+        start = 0
         for part in parts:
-            tensor = self.checkpoint.read(part.name)
-            if tensor.dtype not in DTYPES.values():
-                raise UnsupportedModelError(
-                    f"{part.name} has dtype {tensor.dtype}: use a checkpoint in one of "
-                    f"{', '.join(DTYPES)}"
-                )
-            tensors.append(tensor.to(self.dtype))
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            stacked[start : start + part.shape[0]].copy_(self._read(part))
+            start += part.shape[0]
+        return stacked
+
+    def _read(self, part: _Part) -> Tensor:
+        tensor = self.checkpoint.read(part.name)
+        if tensor.dtype not in DTYPES.values():
+            raise UnsupportedModelError(
+                f"{part.name} has dtype {tensor.dtype}: use a checkpoint in one of "
+                f"{', '.join(DTYPES)}"
+            )
+        return tensor
 
 
 def _resolve_dtype(
@@ -274,17 +286,7 @@ def _resolve_dtype(
         raise UnsupportedModelError(
             f"config.json has dtype={architecture.dtype!r}: set dtype to one of {', '.join(DTYPES)}"
         )
-    return torch.float32 if stored.itemsize == 2 and not _has_native(stored, device) else stored
-
-
-def _has_native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device multiplies this two-byte type itself."""
-    if device.type != "cpu":
-        return True
-    mkldnn = torch.ops.mkldnn
-    if dtype == torch.bfloat16:
-        return bool(mkldnn._is_mkldnn_bf16_supported())
-    return bool(mkldnn._is_mkldnn_fp16_supported())
+    return torch.float32 if stored.itemsize == 2 and not has_native(stored, device) else stored
 
 
 def _resolve_zoo(name: str) -> Path:
@@ -298,7 +300,7 @@ def _resolve_zoo(name: str) -> Path:
 def _download(name: str) -> Path:
     # Imported late: most runs read a folder, and the hub's client is slow to import.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
