@@ -53,14 +53,16 @@ class Law:
         raises  LawError if nothing is left once `seen` is taken out
         """
         assert not self.is_pick
+        law: Floats = self.rows[self.row]
         if not self.seen:
-            return self.rows[self.row]
-        rest = self.rows[self.row].copy()
+            return law
+        rest = law.copy()
         rest[list(self.seen)] = 0.0
         mass = rest.sum(dtype=np.float64)
         if not mass > 0:
             raise LawError("a slot was drawn without replacement from a law with nothing left")
-        return rest / np.float32(mass)
+        rest /= np.float32(mass)
+        return rest
 
 
 PICK = Law(np.zeros((0, 0), np.float32), -1)
