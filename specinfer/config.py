@@ -85,7 +85,7 @@ class Speculation:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The fixed shape this asks for, cut to max_depth and max_nodes; () means no speculation."""
+        """The fixed shape this asks for, cut to max_depth and max_nodes; () is no speculation."""
         if self.tree == "off":
             return ()
         widths = parse_tree(PAPER_TREE if self.tree == "auto" else self.tree)[: self.max_depth]
@@ -101,7 +101,7 @@ class EngineConfig:
 
     max_num_seqs            requests computed in one step
     max_num_batched_tokens  tokens computed in one step: prompt chunks, roots and drafted nodes
-    max_model_len           prompt + output tokens of one request; None: what the model was built for
+    max_model_len           prompt + output tokens of one request; None: the model's own limit
     kv_cache_memory         bytes for the target's pages; None: enough for max_num_seqs requests of
                             max_model_len, at most a quarter of the free memory
     block_size              tokens per page

@@ -117,7 +117,7 @@ _DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}
 class RequestStats:
     """What speculation did for one request.
 
-    num_target_steps    every target step that emitted for it: plain decoding is exactly 1.0 per step
+    num_target_steps    every target step that emitted for it: plain decoding is exactly 1.0 each
     num_drafted         distinct drafted nodes that the target scored
     num_accepted        drafted tokens that were emitted
     accepted_by_depth   entry d - 1: how many were accepted at depth d
