@@ -31,6 +31,9 @@ _FIRST_CANDIDATES = 64
 _COLD = 1e-2
 """Below this temperature logits are shifted by their maximum first, lest the quotient overflow."""
 
+_BLOCK = 256
+"""`draw` sums blocks of this many tokens first: a cumulative sum is ten times slower than a sum."""
+
 _PLAIN = SamplingParams()
 
 
@@ -129,19 +132,42 @@ def target_laws(logits: Tensor, filters: RowFilters) -> Tensor:
              rows: all mass on the likeliest token, the lowest id among equals
     cost     one softmax, and one O(vocab) pass or two for each filter that some row asks for
     """
+    scores = _allowed(logits, filters)
+    greedy = filters.greedy
+    if greedy is None:
+        return torch.softmax(_filtered(scores, filters), -1)
+    likeliest = _argmax(scores)[greedy]
+    if len(greedy) == len(scores):
+        return torch.zeros_like(scores).scatter_(1, likeliest[:, None], 1.0)
+    p = torch.softmax(_filtered(scores, filters), -1)
+    p[greedy] = 0.0
+    p[greedy, likeliest] = 1.0
+    return p
+
+
+def greedy_picks(logits: Tensor, filters: RowFilters) -> Tensor:
+    """The likeliest token of each row that is not banned, the lowest id among equals.
+
+    logits   [rows, vocab]; rows that are not greedy are treated as if they were
+    returns  [rows] int64: `target_laws` of greedy rows without writing out their laws
+    """
+    return _argmax(_allowed(logits, filters))
+
+
+def _allowed(logits: Tensor, filters: RowFilters) -> Tensor:
     assert logits.shape[0] == filters.num_rows
     scores = logits.float()
     if filters.banned is not None:
         scores = scores.index_put(filters.banned, scores.new_tensor(-math.inf))
-    greedy = filters.greedy
-    likeliest = None if greedy is None else scores[greedy].argmax(-1)
-    if likeliest is not None and len(likeliest) == len(scores):
-        return torch.zeros_like(scores).scatter_(1, likeliest[:, None], 1.0)
-    p = torch.softmax(_filtered(scores, filters), -1)
-    if greedy is not None and likeliest is not None:
-        p[greedy] = 0.0
-        p[greedy, likeliest] = 1.0
-    return p
+    return scores
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """[rows, vocab] -> [rows], the first among equals; numpy's is 10 times faster than torch's on
+    a CPU."""
+    if scores.device.type == "cpu":
+        return torch.from_numpy(scores.detach().numpy().argmax(-1))
+    return scores.argmax(-1)
 
 
 def _filtered(scores: Tensor, filters: RowFilters) -> Tensor:
@@ -172,18 +198,21 @@ def _nucleus_floor(p: Tensor, mass: Tensor) -> Tensor:
     p        [rows, vocab] float32
     mass     [rows, 1] int64 in units of 2^-40; above 2^40: the row keeps all its tokens
     returns  [rows, 1] float32, 0 where all tokens are kept
-    cost     a top-64, widened eightfold while some row has not reached its mass
+    cost     a top-64 of the rows that ask, widened eightfold for those that need more
     """
+    floor = torch.zeros_like(p[:, :1])
+    rows = (mass[:, 0] <= _UNITS).nonzero()[:, 0]
     num_candidates, vocab = _FIRST_CANDIDATES, p.shape[-1]
-    asked = mass <= _UNITS
-    while True:
-        top = p.topk(min(num_candidates, vocab), -1).values
-        reached = (top * float(_UNITS)).long().cumsum(-1) >= mass
-        if num_candidates >= vocab or bool((reached[:, -1:] | ~asked).all()):
-            break
-        num_candidates *= 8
-    first = reached.int().argmax(-1, keepdim=True)  # 0 where never reached: told apart below
-    return top.gather(-1, first).masked_fill(~reached[:, -1:], 0.0)
+    while len(rows):
+        top = p[rows].topk(min(num_candidates, vocab), -1).values
+        reached = (top * float(_UNITS)).long().cumsum(-1) >= mass[rows]
+        last = reached.int().argmax(-1, keepdim=True)
+        done = reached[:, -1]
+        floor[rows[done]] = top.gather(-1, last)[done]
+        if num_candidates >= vocab:
+            break  # rounding left the mass short of what was asked: all tokens are needed
+        rows, num_candidates = rows[~done], num_candidates * 8
+    return floor
 
 
 # --- seeded requests ------------------------------------------------------------------------------
@@ -263,17 +292,28 @@ def draw(law: Floats, rng: np.random.Generator) -> int:
     """Draw a token.
 
     law     [vocab], not negative, not all 0; need not be normalised
-    law of  the result: law / sum(law); never a token whose probability is 0
-    cost    one cumulative sum in float64
+    raises  LawError if the law has no mass
+    result  follows law / sum(law): a block by its sum, then a token of it; never one of
+            probability 0
+    cost    one pass over the law (10 µs at a vocabulary of 4096, 35 µs at 128k)
     """
-    below = law.cumsum(dtype=np.float64)
-    token = int(below.searchsorted(rng.random() * below[-1], side="right"))
-    if token == len(law):  # the product rounded up to the whole mass, or there is none
-        support = np.flatnonzero(law)
+    if len(law) <= _BLOCK:
+        return _search(law, rng.random())
+    starts = np.arange(0, len(law), _BLOCK)
+    start = int(starts[_search(np.add.reduceat(law, starts), rng.random())])
+    return start + _search(law[start : start + _BLOCK], rng.random())
+
+
+def _search(weights: Floats, u: float) -> int:
+    """The index at which the cumulative weights pass the share u of their sum."""
+    below = weights.cumsum(dtype=np.float64)
+    index = int(below.searchsorted(u * below[-1], side="right"))
+    if index == len(weights):  # the product rounded up to the whole mass, or there is none
+        support = np.flatnonzero(weights)
         if not len(support):
             raise LawError("a token cannot be drawn from a law without mass")
-        token = int(support[-1])
-    return token
+        index = int(support[-1])
+    return index
 
 
 def draw_without_replacement(
