@@ -19,18 +19,15 @@ if TYPE_CHECKING:
 class Job:
     """One sequence's share of a step.
 
-    num_tokens  known tokens to compute; all that are pending where the last one's logits are due
+    num_tokens  known tokens to compute
+    emits       whether they reach the end of what is known, so that the last one's logits are due
     max_nodes   drafted nodes it may add
     """
 
     sequence: "Sequence"
     num_tokens: int
-    max_nodes: int
-
-    @property
-    def emits(self) -> bool:
-        """Whether this step reaches the end of what is known."""
-        return self.num_tokens == self.sequence.num_pending
+    emits: bool
+    max_nodes: int = 0
 
 
 class Scheduler:
@@ -83,12 +80,12 @@ class Scheduler:
         budget = self._max_num_batched_tokens
         decoding = [s for s in self.running if s.num_pending == 1]
         budget -= len(decoding)
-        jobs = {id(s): Job(s, 1, 0) for s in decoding}
+        jobs = {id(s): Job(s, 1, True) for s in decoding}
         for sequence in self.running:
             if sequence.num_pending > 1 and budget > 0:
                 chunk = min(sequence.num_pending, budget)
                 budget -= chunk
-                jobs[id(sequence)] = Job(sequence, chunk, 0)
+                jobs[id(sequence)] = Job(sequence, chunk, chunk == sequence.num_pending)
         for sequence in decoding:
             jobs[id(sequence)].max_nodes = min(self._max_nodes, budget // len(decoding))
         return [jobs[id(s)] for s in self.running if id(s) in jobs]
