@@ -184,6 +184,7 @@ class _Loader:
         self.checkpoint, self.decoder = checkpoint, decoder
         self.dtype, self.device, self.blocked = dtype, device, blocked
         self.progress = progress
+        self.staging = torch.empty(0)
 
     def run(self) -> None:
         """Read everything, then see that nothing is missing or left over."""
@@ -250,28 +251,40 @@ class _Loader:
         module_name, _, kind = name.rpartition(".")
         module = self.decoder.get_submodule(module_name)
         if self.blocked and isinstance(module, Linear) and kind == "weight":
-            module.pack(self._view(parts))
+            module.pack(self._stage(parts))
         else:
-            weight = self._stack(parts, self.device)
-            setattr(module, kind, nn.Parameter(weight, requires_grad=False))
+            weight = torch.empty(_stacked(parts), dtype=self.dtype, device=self.device)
+            setattr(module, kind, nn.Parameter(self._stack(parts, weight), requires_grad=False))
 
-    def _view(self, parts: tuple[_Part, ...]) -> Tensor:
-        """The parts as one weight, straight from the mapped file where it is one tensor."""
+    def _stage(self, parts: tuple[_Part, ...]) -> Tensor:
+        """The parts as one weight that lives until the next call.
+
+        One tensor comes straight from its mapped file. Others are stacked in a buffer kept from
+        weight to weight: a new one each time would leave holes between the blocked weights, up to
+        a tenth of the model.
+        """
         if len(parts) == 1:
             tensor = self.checkpoint.read(parts[0].name)
             if tensor.dtype == self.dtype:
                 return tensor
-        return self._stack(parts, torch.device("cpu"))
+        shape = _stacked(parts)
+        size = math.prod(shape)
+        if not size <= self.staging.numel() < 2 * size:
+            self.staging = torch.empty(0)  # dropped before the next is made
+            self.staging = torch.empty(size, dtype=self.dtype)
+        return self._stack(parts, self.staging[:size].view(shape))
 
-    def _stack(self, parts: tuple[_Part, ...], device: torch.device) -> Tensor:
-        """The parts one below the other, in our own memory: one mapped at a time."""
-        rows = sum(part.shape[0] for part in parts)
-        stacked = torch.empty(rows, *parts[0].shape[1:], dtype=self.dtype, device=device)
+    def _stack(self, parts: tuple[_Part, ...], into: Tensor) -> Tensor:
+        """Copy the parts one below the other, one mapped at a time."""
         start = 0
         for part in parts:
-            stacked[start : start + part.shape[0]].copy_(self.checkpoint.read(part.name))
+            into[start : start + part.shape[0]].copy_(self.checkpoint.read(part.name))
             start += part.shape[0]
-        return stacked
+        return into
+
+
+def _stacked(parts: tuple[_Part, ...]) -> tuple[int, ...]:
+    return sum(part.shape[0] for part in parts), *parts[0].shape[1:]
 
 
 def _resolve_dtype(dtype: str | torch.dtype, stored: str, device: torch.device) -> torch.dtype:
