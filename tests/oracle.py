@@ -86,7 +86,9 @@ def enumerate_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     draw, coin = sampling.draw, sampling.coin
     for module in (sampling, verify):
         monkeypatch.setattr(
-            module, "draw", lambda law, rng: rng.draw(law) if isinstance(rng, Chance) else draw(law, rng)
+            module,
+            "draw",
+            lambda law, rng: rng.draw(law) if isinstance(rng, Chance) else draw(law, rng),
         )
         monkeypatch.setattr(
             module, "coin", lambda a, rng: rng.coin(a) if isinstance(rng, Chance) else coin(a, rng)
@@ -168,7 +170,9 @@ def target_rows(target: Toy, tree: TokenTree) -> Any:
 DRAWS = ("iid", "without-replacement", "pick", "pick, then draw", "draw, then pick")
 
 
-def add_children(tree: TokenTree, node: int, q: Any, k: int, draw: str, rng: Any, source: int) -> None:
+def add_children(
+    tree: TokenTree, node: int, q: Any, k: int, draw: str, rng: Any, source: int
+) -> None:
     """Add k slots under a node, by the production functions."""
     rows = q[None]
     if draw == "iid":

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oracle import (
+from tests.oracle import (
     DRAWS,
     KINDS,
     Toy,
@@ -100,9 +100,7 @@ def test_two_drafters_are_exact(kind: str, draws: tuple[str, str], verifier: Any
 @pytest.mark.parametrize("verifier", LAW_VERIFIERS)
 def test_two_branching_drafters_are_exact(verifier: Any) -> None:
     target, first, second = toys("zeros", 5, vocab=3)
-    grow = merged(
-        fixed(first, (2, 1), "without-replacement"), fixed(second, (2,), "iid", source=1)
-    )
+    grow = merged(fixed(first, (2, 1), "without-replacement"), fixed(second, (2,), "iid", source=1))
     assert_exact(target, grow, verifier, 3)
 
 
@@ -137,7 +135,7 @@ def worst(draw: Any, verifier: Any, widths: tuple[int, ...] = (2,), kind: str = 
     """The largest shift of the law over a few models."""
     shifts = []
     for seed in range(6):
-        target, drafter, _ = toys(kind, 10 * seed, vocab=3)
+        target, drafter, _ = toys(kind, 10 * seed, vocab=4)
         outcome = measure(target, fixed(drafter, widths, draw), verifier, len(widths) + 1)
         assert abs(outcome.mass - 1) < 0.1
         shifts.append(outcome.deviation)
@@ -177,10 +175,10 @@ def full_q_recorded(tree: TokenTree, node: int, q: Any, k: int, rng: Any) -> Non
 
 
 def size_by_looking(tree: TokenTree, node: int, q: Any, k: int, rng: Any) -> None:
-    tokens = sampling.draw_without_replacement(q, k, rng)
-    size = k if sum(q[token] for token in tokens) > 0.7 else 1
-    for order, token in enumerate(tokens[:size]):
-        tree.add(node, token, law=Law(q[None], 0, tuple(tokens[:order])))
+    tokens = [sampling.draw(q, rng) for _ in range(k)]
+    size = k if sum(q[token] for token in tokens) > k / 3 else 1
+    for token in tokens[:size]:
+        tree.add(node, token, law=Law(q[None], 0))
 
 
 def pick_by_a_later_sibling(tree: TokenTree, node: int, q: Any, k: int, rng: Any) -> None:
@@ -246,7 +244,11 @@ def mutant(name: str, old: str, new: str) -> Any:
         ("verify_traversal", "residual.subtract(w, token, law)", "w"),
         ("verify_traversal", "w = rest / (rest + (1.0 - w))", "pass"),
         ("verify_traversal", "min(1.0, w * ratio)", "min(1.0, ratio)"),
-        ("verify_traversal", "elif w < 1.0:\n                return None", "elif w < 0:\n                pass"),
+        (
+            "verify_traversal",
+            "elif w < 1.0:\n                return None",
+            "elif w < 0:\n                pass",
+        ),
     ],
 )
 def test_a_broken_rule_shows(name: str, old: str, new: str) -> None:
