@@ -159,21 +159,22 @@ def _allowed(logits: Tensor, filters: RowFilters) -> Tensor:
     assert logits.shape[0] == filters.num_rows
     scores = logits.float()
     if filters.banned is not None:
-        scores = scores.index_put(filters.banned, scores.new_tensor(-math.inf))
+        scores = scores.index_put(filters.banned, scores.new_full((), -math.inf))
     return scores
 
 
 def _argmax(scores: Tensor) -> Tensor:
-    """[rows, vocab] -> [rows], the first among equals; numpy's is 10 times faster than torch's on
-    a CPU."""
-    if scores.device.type == "cpu":
+    """[rows, vocab] -> [rows] int64, the first among equals."""
+    if scores.device.type == "cpu":  # ten times faster than torch's
         return torch.from_numpy(scores.detach().numpy().argmax(-1))
     return scores.argmax(-1)
 
 
 def _filtered(scores: Tensor, filters: RowFilters) -> Tensor:
-    """Logits over temperature, -inf where a filter drops the token. Thresholds only, so that no
-    result depends on the order in which a sort leaves equal values."""
+    """Logits over temperature, -inf where a filter drops the token.
+
+    Filters are thresholds, so that nothing depends on the order in which a sort leaves equals.
+    """
     if filters.temperature is not None:
         if min(filters.temperatures) < _COLD:
             cold = filters.temperature < _COLD
@@ -338,8 +339,10 @@ def draw_without_replacement(
 
 
 def top_k_tokens(q: Floats, k: int) -> list[int]:
-    """The k likeliest tokens, likeliest first, the lowest id first among equals; never one of
-    probability 0."""
+    """The k likeliest tokens, likeliest first, the lowest id first among equals.
+
+    Never one of probability 0, so there may be fewer.
+    """
     if k == 1:
         best = int(q.argmax())
         return [best] if q[best] > 0 else []

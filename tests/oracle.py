@@ -71,6 +71,20 @@ class Chance:
         return np.array(orders[self.choose([1 / len(orders)] * len(orders))])
 
 
+class Uniform:
+    """Stands in for a generator that always returns one number."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def random(self) -> float:
+        return self.value
+
+
+ALMOST_ONE = 1 - 2**-53
+"""The largest number a generator returns: refuses every coin that is not certain."""
+
+
 def outcomes(run: Callable[[Any], Any]) -> Iterator[tuple[float, Any]]:
     """Each way in which `run` can go: (probability, what it returned)."""
     pending: list[list[int]] = [[]]

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.oracle import enumerate_chance, outcomes
 from specinfer import sampling
 from specinfer.errors import LawError
 from specinfer.request import SamplingParams
@@ -31,6 +30,7 @@ from specinfer.sampling import (
 )
 from specinfer.tree import TokenTree
 from specinfer.verify import follow
+from tests.oracle import ALMOST_ONE, Uniform, enumerate_chance, outcomes
 
 FILTERS = [
     SamplingParams(),
@@ -259,17 +259,7 @@ def test_a_request_has_its_own_generator() -> None:
     assert len(draws) == 9
 
 
-class Uniform:
-    """A generator whose `random` returns given values."""
-
-    def __init__(self, *values: float) -> None:
-        self.values = itertools.cycle(values)
-
-    def random(self) -> float:
-        return next(self.values)
-
-
-@pytest.mark.parametrize("u", [0.0, 0.25, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize("u", [0.0, 0.25, 0.5, ALMOST_ONE])
 @pytest.mark.parametrize("vocab", [7, 256, 257, 1000])
 def test_no_draw_returns_a_token_without_mass(u: float, vocab: int) -> None:
     rng: Any = Uniform(u)

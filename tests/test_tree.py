@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.oracle import Chance, outcomes
 from specinfer.errors import LawError
 from specinfer.tree import PICK, Law, TokenTree, union
+from tests.oracle import Chance, outcomes
 
 ROWS = np.array([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]], np.float32)
 
@@ -112,7 +112,7 @@ def test_union_interleaves_uniformly_without_looking_at_tokens() -> None:
         merged, _ = union(parts, chance)  # type: ignore[arg-type]
         return tuple(slot.source for slot in merged.slots)
 
-    assert dict((order, round(p, 12)) for p, order in outcomes(orders)) == {
+    assert {order: round(p, 12) for p, order in outcomes(orders)} == {
         order: round(1 / 3, 12) for order in [(0, 0, 1), (0, 1, 0), (1, 0, 0)]
     }
 
