@@ -7,7 +7,7 @@ condition (docs/algorithm.md, "Predictability"): a recorded law that is not the 
 drawn from shifts the output.
 
             root "the"                 node 0, depth 0: the last committed token
-           /          \
+           /          \\
      "cat" slots 0,2   "dog" slot 1    nodes 1 and 2, depth 1; two slots propose "cat"
           |
      "sat" slot 3                      node 3, depth 2
@@ -15,16 +15,16 @@ drawn from shifts the output.
 Plain numbers and numpy rows: no device, no model.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from specinfer.errors import LawError
 
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating[Any]]  # float32 in production, float64 in the proofs
 Bools = npt.NDArray[np.bool_]
 
 
@@ -48,20 +48,21 @@ class Law:
         return self.row < 0
 
     def dense(self) -> Floats:
-        """π over the whole vocabulary: [vocab] float32. Not for picks.
+        """π over the whole vocabulary: [vocab], the rows' dtype. Not for picks.
 
         raises  LawError if nothing is left once `seen` is taken out
+        cost    a view where nothing was seen, else O(vocab)
         """
         assert not self.is_pick
-        law: Floats = self.rows[self.row]
+        row: Floats = self.rows[self.row]
         if not self.seen:
-            return law
-        rest = law.copy()
+            return row
+        rest = row.copy()
         rest[list(self.seen)] = 0.0
-        mass = rest.sum(dtype=np.float64)
+        mass = rest.sum()
         if not mass > 0:
             raise LawError("a slot was drawn without replacement from a law with nothing left")
-        rest /= np.float32(mass)
+        rest /= mass
         return rest
 
 
@@ -157,30 +158,34 @@ def union(
     in a random order that does not look at tokens and keeps each tree's own order (a slot drawn
     without replacement is lawful only after those drawn before it).
 
+    raises   LawError if the trees do not hang from the same token
     returns  the merged tree, and per tree its map from own node to merged node
     source   SpecInfer §3, "merge-based speculation"; docs/algorithm.md, "Merge"
     """
-    merged = TokenTree(trees[0].tokens[0])
-    maps = [[0] for _ in trees]
-    inverse: list[dict[int, int]] = [{0: 0} for _ in trees]  # per tree: merged node -> own node
-    node = 0
-    while node < len(merged):  # merged nodes come parents first, so this is one sweep
-        owners = [index for index in range(len(trees)) if node in inverse[index]]
-        queues = {t: iter(trees[t].slots_of[inverse[t][node]]) for t in owners}
-        for index in _interleave(
-            {t: len(trees[t].slots_of[inverse[t][node]]) for t in owners}, rng
-        ):
-            slot = trees[index].slots[next(queues[index])]
+    roots = {tree.tokens[0] for tree in trees}
+    if len(roots) != 1:
+        raise LawError(f"trees cannot be merged under different root tokens: {sorted(roots)}")
+    merged = TokenTree(roots.pop())
+    maps = [[0] * len(tree) for tree in trees]
+    origins = [dict.fromkeys(range(len(trees)), 0)]  # per merged node: tree -> its own node
+    for node, origin in enumerate(origins):  # grows while it is swept, parents first
+        queues = {index: trees[index].slots_of[own] for index, own in origin.items()}
+        for index, slot_id in _interleave(queues, rng):
+            slot = trees[index].slots[slot_id]
             token = trees[index].tokens[slot.node]
-            inverse[index][merged.add(node, token, source=slot.source, law=slot.law)] = slot.node
-        node += 1
-    for index, tree in enumerate(trees):
-        own = {own_node: merged_node for merged_node, own_node in inverse[index].items()}
-        maps[index] = [own[node] for node in range(len(tree))]
+            child = merged.add(node, token, source=slot.source, law=slot.law)
+            if child == len(origins):
+                origins.append({})
+            origins[child][index] = slot.node
+            maps[index][slot.node] = child
     return merged, maps
 
 
-def _interleave(counts: dict[int, int], rng: np.random.Generator) -> Iterable[int]:
-    """The keys, each as often as counted, in a uniformly random order."""
-    order = np.repeat(list(counts), list(counts.values()))
-    return [int(key) for key in (rng.permutation(order) if len(counts) > 1 else order)]
+def _interleave(queues: dict[int, list[int]], rng: np.random.Generator) -> list[tuple[int, int]]:
+    """(key, item) of every queue: a uniformly random order that keeps each queue's own order."""
+    queues = {key: queue for key, queue in queues.items() if queue}
+    keys = [key for key, queue in queues.items() for _ in queue]
+    if len(queues) > 1:
+        keys = rng.permutation(keys).tolist()
+    heads = {key: iter(queue) for key, queue in queues.items()}
+    return [(key, next(heads[key])) for key in keys]

@@ -1,0 +1,48 @@
+"""What a drafter is: something that scores frontier nodes of every request's tree in one pass."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from specinfer.cache.blocks import Pages
+from specinfer.tree import TokenTree
+
+
+@dataclass(slots=True, eq=False)
+class Draft:
+    """One request as its drafters see it during one step.
+
+    key     identifies the request from step to step
+    tokens  everything known: prompt and committed output; the last one is the root
+    pages   where keys stand, in this drafter's own pool under the same slot numbers
+    tree    the tree this drafter is growing: node ids below are this tree's own
+    """
+
+    key: int
+    tokens: list[int]
+    pages: Pages
+    tree: TokenTree
+
+
+class Drafter(Protocol):
+    """Proposes continuations. A model, or anything else that knows what may come next."""
+
+    name: str
+
+    def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Tensor:
+        """Score the token after each frontier node, for all requests in one batched pass.
+
+        frontier  per request, nodes of its tree: the root alone first (node 0), afterwards nodes
+                  whose parents were expanded before, in the same step
+        returns   [nodes, vocab] float32 logits, requests and nodes in the given order
+        """
+        ...
+
+    def admit(self, accepted: list[tuple[Draft, list[int]]]) -> None:
+        """Learn, for drafts expanded in this step, which of their own nodes were accepted."""
+        ...
+
+    def drop(self, key: int) -> None:
+        """Forget a request that has ended."""
+        ...

@@ -1,0 +1,154 @@
+"""A small model as drafter, with K and V pages of its own."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from specinfer.draft.base import Draft
+from specinfer.run.batch import Span
+from specinfer.run.runner import Runner
+
+
+@dataclass(slots=True)
+class _State:
+    """What one request has in this drafter's pages.
+
+    num_computed  keys 0 … num_computed - 1 hold committed tokens
+    keys          this step's expanded nodes: node -> its key index
+    ancestors     this step's expanded nodes: node -> region columns it sees, itself included
+    """
+
+    num_computed: int = 0
+    keys: dict[int, int] = field(default_factory=dict)
+    ancestors: dict[int, list[int]] = field(default_factory=dict)
+
+
+class ModelDrafter:
+    """Drafts with a model: one pass per tree level for all requests together.
+
+    Its own K and V are kept for the part of an accepted path that it computed while drafting; the
+    rest of what was committed is fed at the next step, in front of the root.
+    """
+
+    def __init__(self, name: str, runner: Runner, *, vocab_size: int, max_tokens: int) -> None:
+        """Draft for a target.
+
+        vocab_size  the target's: logits are cut or padded to it (checkpoints pad vocabularies)
+        max_tokens  tokens computed in one pass, for catching up with long prompts
+        """
+        self.name = name
+        self._runner = runner
+        self._vocab_size = vocab_size
+        self._max_tokens = max_tokens
+        self._states: dict[int, _State] = {}
+
+    def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Tensor:
+        """See `Drafter.expand`."""
+        spans = []
+        for draft, nodes in frontier:
+            state = self._states.setdefault(draft.key, _State())
+            if nodes == [0]:
+                spans.append(self._catch_up(draft, state))
+            else:
+                spans.append(_tree_span(draft, state, nodes))
+        logits = self._run(spans)
+        missing = self._vocab_size - logits.shape[-1]
+        if missing:  # negative padding cuts
+            logits = functional.pad(logits, (0, missing), value=-torch.inf)
+        return logits
+
+    def admit(self, accepted: list[tuple[Draft, list[int]]]) -> None:
+        """See `Drafter.admit`: keep the K and V of the accepted nodes that were expanded."""
+        sources, targets = [], []
+        for draft, path in accepted:
+            state = self._states[draft.key]
+            for node in path:
+                key = state.keys.get(node)
+                if key is None:
+                    break  # a leaf: it was proposed and never computed here
+                if key != state.num_computed:
+                    sources.append(draft.pages.slot(key))
+                    targets.append(draft.pages.slot(state.num_computed))
+                state.num_computed += 1
+        self._runner.pool.move(sources, targets)
+
+    def drop(self, key: int) -> None:
+        """See `Drafter.drop`."""
+        self._states.pop(key, None)
+
+    def _catch_up(self, draft: Draft, state: _State) -> Span:
+        """Committed tokens this drafter has not computed, the root last."""
+        state.keys.clear()
+        state.ancestors = {0: []}
+        start, stop = state.num_computed, len(draft.tokens)
+        state.num_computed = stop
+        return Span(
+            tokens=draft.tokens[start:],
+            positions=range(start, stop),
+            pages=draft.pages,
+            prefix=start,
+            start=start,
+            mask=None,
+            num_logits=1,
+        )
+
+    def _run(self, spans: list[Span]) -> Tensor:
+        """One pass, unless prompts to catch up with are longer than a pass may be."""
+        while sum(len(span.tokens) for span in spans) > self._max_tokens:
+            longest = max(spans, key=lambda span: len(span.tokens))
+            if longest.mask is not None or len(longest.tokens) == 1:
+                break
+            cut = min(len(longest.tokens) - 1, self._max_tokens)
+            head, tail = _split(longest, cut)
+            self._runner.run([head])
+            spans[spans.index(longest)] = tail
+        return self._runner.run(spans)
+
+
+def _tree_span(draft: Draft, state: _State, nodes: list[int]) -> Span:
+    """Nodes of one level: each sees the prefix, its expanded ancestors and itself."""
+    tree, prefix = draft.tree, state.num_computed
+    old = len(state.keys)
+    mask = np.zeros((len(nodes), old + len(nodes)), np.bool_)
+    for row, node in enumerate(nodes):
+        state.keys[node] = prefix + old + row
+        columns = state.ancestors[node] = [*state.ancestors[tree.parents[node]], old + row]
+        mask[row, columns] = True
+    region = [prefix - 1 + tree.depths[node] for node in state.keys]
+    is_chain = len(nodes) == 1 and len(state.ancestors[nodes[0]]) == old + 1
+    return Span(
+        tokens=[tree.tokens[node] for node in nodes],
+        positions=region[old:],
+        pages=draft.pages,
+        prefix=prefix + old if is_chain else prefix,
+        start=prefix + old,
+        mask=None if is_chain else mask,
+        num_logits=len(nodes),
+        region_positions=None if is_chain else region,
+    )
+
+
+def _split(span: Span, cut: int) -> tuple[Span, Span]:
+    """A chain as two: the first `cut` tokens, without logits, and the rest."""
+    head = Span(
+        tokens=span.tokens[:cut],
+        positions=span.positions[:cut],
+        pages=span.pages,
+        prefix=span.prefix,
+        start=span.start,
+        mask=None,
+        num_logits=0,
+    )
+    tail = Span(
+        tokens=span.tokens[cut:],
+        positions=span.positions[cut:],
+        pages=span.pages,
+        prefix=span.prefix + cut,
+        start=span.start + cut,
+        mask=None,
+        num_logits=span.num_logits,
+    )
+    return head, tail

@@ -1,0 +1,149 @@
+"""From names and limits to an engine: models loaded, vocabularies compared, pages sized."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from specinfer.cache.blocks import BlockAllocator
+from specinfer.cache.pool import KVPool
+from specinfer.config import EngineConfig, Speculation, count_nodes
+from specinfer.draft.base import Drafter
+from specinfer.draft.model import ModelDrafter
+from specinfer.engine.engine import Engine
+from specinfer.errors import CapacityError, ConfigError, ModelError
+from specinfer.models.decoder import Decoder
+from specinfer.models.weights import load_decoder, resolve_model
+from specinfer.run.runner import Runner
+from specinfer.text.tokenizer import Tokenizer
+
+Progress = Callable[[str, int, int], None]
+"""progress(model, bytes read so far, bytes in all)"""
+
+_FREE_SHARE = 4
+"""Without kv_cache_memory, pages take at most one part in this many of the free memory."""
+
+
+def build_engine(
+    model: str,
+    drafters: Sequence[str],
+    *,
+    config: EngineConfig,
+    speculation: Speculation,
+    dtype: str,
+    device: str,
+    progress: Progress | None = None,
+) -> Engine:
+    """Load a target and its drafters and give them pages.
+
+    raises  ModelError, ConfigError or CapacityError, with nothing half-done
+    """
+    place = _resolve_device(device)
+    # Everything that can be refused cheaply is refused before weights are read.
+    folders = [resolve_model(name) for name in (model, *drafters)]
+    tokenizers = [Tokenizer.from_folder(folder) for folder in folders]
+    for name, tokenizer in zip(drafters, tokenizers[1:], strict=True):
+        if not tokenizers[0].has_same_vocabulary(tokenizer):
+            raise ModelError(
+                f"drafter {name!r} has another vocabulary than {model!r}: a drafter must share "
+                "the target's tokenizer"
+            )
+    decoders = [
+        _load(name, folder, dtype, place, progress)
+        for name, folder in zip((model, *drafters), folders, strict=True)
+    ]
+    target = decoders[0]
+    max_model_len = _resolve_length(config.max_model_len, target)
+    # Each drafter adds at most a full shape to the merged tree.
+    max_nodes = count_nodes(speculation.widths) * len(drafters)
+    allocator = BlockAllocator(
+        _num_blocks(config, decoders, max_model_len, max_nodes), config.block_size
+    )
+    num_slots = allocator.num_blocks * config.block_size
+    runners = [Runner(decoder, num_slots) for decoder in decoders]
+    vocab_size = runners[0].vocab_size
+    models: list[Drafter] = [
+        ModelDrafter(
+            name, runner, vocab_size=vocab_size, max_tokens=config.max_num_batched_tokens
+        )
+        for name, runner in zip(drafters, runners[1:], strict=True)
+    ]
+    return Engine(
+        runners[0],
+        models,
+        tokenizers[0],
+        allocator=allocator,
+        config=config,
+        speculation=speculation,
+        max_model_len=max_model_len,
+    )
+
+
+def _load(
+    name: str, folder: Path, dtype: str, device: torch.device, progress: Progress | None
+) -> Decoder:
+    report = None if progress is None else lambda done, total: progress(name, done, total)
+    return load_decoder(folder, dtype=dtype, device=device, progress=report)
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f'device={device!r}: use "auto", "cpu" or "cuda"') from None
+    if place.type not in ("cpu", "cuda"):
+        raise ConfigError(f'device={device!r}: use "auto", "cpu" or "cuda"')
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f'device={device!r} but torch sees no GPU here: use "cpu"')
+    return place
+
+
+def _resolve_length(asked: int | None, target: Decoder) -> int:
+    built_for = target.architecture.max_position_embeddings
+    if asked is not None and asked > built_for:
+        raise ConfigError(
+            f"max_model_len={asked} is more than the {built_for} positions the model was built for"
+        )
+    return asked or built_for
+
+
+def _num_blocks(
+    config: EngineConfig, decoders: Sequence[Decoder], max_model_len: int, max_nodes: int
+) -> int:
+    """As many blocks as the memory allows and max_num_seqs full requests can use."""
+    block_bytes = config.block_size * sum(
+        KVPool.bytes_per_slot(
+            num_layers=decoder.architecture.num_layers,
+            kv_heads=decoder.architecture.num_kv_heads,
+            head_dim=decoder.architecture.head_dim,
+            dtype=decoder.dtype,
+        )
+        for decoder in decoders
+    )
+    per_request = -(-(max_model_len + max_nodes) // config.block_size)
+    wanted = per_request * config.max_num_seqs
+    if config.kv_cache_memory is None:
+        return max(1, min(wanted, _free_memory(decoders[0].device) // _FREE_SHARE // block_bytes))
+    given = config.kv_cache_memory // block_bytes
+    if given < per_request:
+        raise CapacityError(
+            f"kv_cache_memory={config.kv_cache_memory} holds {given * config.block_size} tokens "
+            f"and one request may have {max_model_len} and a tree of {max_nodes} nodes: give at "
+            f"least {per_request * block_bytes} bytes, or lower max_model_len"
+        )
+    return min(wanted, given)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that could be had now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux: all there is, instead of what is free
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,364 @@
+"""One step: schedule, draft, verify, commit. Nothing else writes state."""
+
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specinfer.cache.blocks import BlockAllocator
+from specinfer.config import EngineConfig, Speculation, count_nodes
+from specinfer.draft.base import Drafter
+from specinfer.draft.shapes import Grown, Growth, grow
+from specinfer.engine.scheduler import Job, Scheduler
+from specinfer.engine.sequence import Sequence
+from specinfer.engine.stats import EngineStats
+from specinfer.errors import RequestError
+from specinfer.request import SamplingParams
+from specinfer.run.batch import Span
+from specinfer.run.runner import Runner
+from specinfer.sampling import RowFilters, early_rows, greedy_picks, seeded_pick, target_laws
+from specinfer.text.tokenizer import Tokenizer
+from specinfer.tree import TokenTree
+from specinfer.verify import Verdict, follow, verify_match, verify_topdown, verify_traversal
+
+_VERIFIERS = {
+    "match": verify_match,
+    "topdown": verify_topdown,
+    "traversal": verify_traversal,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrace:
+    """What one step did for one sequence: for drawing trees.
+
+    num_new  emitted tokens: the accepted path and the target's own, up to where the text ended
+    """
+
+    sequence: Sequence
+    tree: TokenTree
+    verdict: Verdict
+    num_new: int
+
+
+@dataclass(slots=True)
+class _Work:
+    """A job on its way through the step."""
+
+    job: Job
+    tree: TokenTree
+    grown: Grown | None = None
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits the target owes: one per node of the tree, the root's included."""
+        return len(self.tree) if self.job.emits else 0
+
+
+class Engine:
+    """Serves many sequences at once with one target and any number of drafters."""
+
+    def __init__(
+        self,
+        target: Runner,
+        drafters: ListLike[Drafter],
+        tokenizer: Tokenizer,
+        *,
+        allocator: BlockAllocator,
+        config: EngineConfig,
+        speculation: Speculation,
+        max_model_len: int,
+    ) -> None:
+        self.target = target
+        self.drafters = list(drafters)
+        self.tokenizer = tokenizer
+        self.speculation = speculation
+        self.max_model_len = max_model_len
+        self.stats = EngineStats()
+        self._seed = config.seed
+        self._widths = speculation.widths if self.drafters else ()
+        max_nodes = count_nodes(self._widths) * len(self.drafters)
+        self.scheduler = Scheduler(
+            allocator,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_nodes=max_nodes,
+        )
+        self._num_added = 0
+
+    def add(
+        self, request_id: str, prompt: ListLike[int], params: SamplingParams
+    ) -> list[Sequence]:
+        """Queue a request: one sequence per sample.
+
+        raises  RequestError if the prompt is empty, leaves no room for a token or has tokens the
+                model does not know; CapacityError if its pages could never be had
+        """
+        max_total = self._check(prompt, params)
+        self.scheduler.check_fits(max_total)
+        sequences = []
+        for index in range(params.n):
+            sequence = Sequence(
+                number=self._num_added,
+                request_id=request_id,
+                index=index,
+                prompt=prompt,
+                params=params,
+                max_total=max_total,
+                tokenizer=self.tokenizer,
+                speculation=self.speculation,
+                vocab_size=self.target.vocab_size,
+                seed=self._seed,
+            )
+            self._num_added += 1
+            self.scheduler.add(sequence)
+            sequences.append(sequence)
+        return sequences
+
+    def abort(self, sequences: ListLike[Sequence]) -> None:
+        """End sequences and free what they hold; those that have ended stay as they are."""
+        for sequence in sequences:
+            if not sequence.is_finished:
+                sequence.abort()
+                self._remove(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work
+
+    def step(self) -> list[StepTrace]:
+        """Advance every scheduled sequence; returns those that got tokens."""
+        timed = self.stats.timed
+        with timed("schedule"):
+            jobs = self.scheduler.schedule()
+        if not jobs:
+            return []
+        with timed("draft"):
+            works = self._draft(jobs)
+        with timed("target"):
+            spans = [_span(work) for work in works]
+            logits = self.target.run(spans)
+        with timed("verify"):
+            verdicts = self._verify([work for work in works if work.num_logits], logits)
+        with timed("commit"):
+            traces = self._commit(works, verdicts)
+        self.stats.num_steps += 1
+        self.stats.num_target_tokens += sum(len(span.tokens) for span in spans)
+        self.stats.num_output_tokens += sum(trace.num_new for trace in traces)
+        return traces
+
+    def _check(self, prompt: ListLike[int], params: SamplingParams) -> int:
+        if not prompt:
+            raise RequestError("the prompt is empty: give at least one token")
+        if len(prompt) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens and prompt and output together may have "
+                f"{self.max_model_len} (max_model_len): shorten the prompt"
+            )
+        vocab_size = self.target.vocab_size
+        unknown = [token for token in prompt if not 0 <= token < vocab_size]
+        if unknown:
+            raise RequestError(
+                f"the prompt has token id {unknown[0]} and the model's ids are 0 to "
+                f"{vocab_size - 1}"
+            )
+        room = self.max_model_len - len(prompt)
+        return len(prompt) + min(room, params.max_tokens or room)
+
+    # --- draft ------------------------------------------------------------------------------------
+
+    def _draft(self, jobs: ListLike[Job]) -> list[_Work]:
+        works = [_Work(job, TokenTree(job.sequence.tokens[-1])) for job in jobs]
+        growths, growing = [], []
+        for work in works:
+            widths = self._widths_for(work.job)
+            if widths:
+                growths.append(_growth(work.job.sequence, widths))
+                growing.append(work)
+        if growths:
+            for work, grown in zip(growing, grow(growths, self.drafters), strict=True):
+                work.tree, work.grown = grown.tree, grown
+        return works
+
+    def _widths_for(self, job: Job) -> tuple[int, ...]:
+        """The shape, no deeper than tokens may still come and no larger than the step's budget."""
+        sequence = job.sequence
+        if sequence.num_pending > 1:
+            return ()
+        widths = self._widths[: sequence.num_left - 1]
+        while widths and count_nodes(widths) * len(self.drafters) > job.max_nodes:
+            widths = widths[:-1]
+        return widths
+
+    # --- verify -----------------------------------------------------------------------------------
+
+    def _verify(self, works: ListLike[_Work], logits: Tensor) -> list[Verdict]:
+        """One verdict per sequence; sequences of one kind share their batched operations.
+
+        logits  [rows, vocab], the works' nodes one after the other
+        """
+        verdicts: dict[int, Verdict] = {}
+        rows = np.cumsum([0, *(work.num_logits for work in works)])
+        kinds: dict[str, list[int]] = {}
+        for index, work in enumerate(works):
+            kinds.setdefault(_kind(work.job.sequence), []).append(index)
+        for kind, members in kinds.items():
+            group = [works[index] for index in members]
+            part = logits
+            if len(kinds) > 1:
+                part = torch.cat([logits[rows[index] : rows[index + 1]] for index in members])
+            verdicts.update(zip(members, self._verify_kind(kind, group, part), strict=True))
+        return [verdicts[index] for index in range(len(works))]
+
+    def _verify_kind(self, kind: str, works: ListLike[_Work], logits: Tensor) -> list[Verdict]:
+        filters = _filters(works, logits.device)
+        if kind == "greedy":
+            return _follow_all(works, greedy_picks(logits, filters))
+        p = target_laws(logits, filters)
+        if kind == "seeded":
+            noise = np.concatenate([_noise(work) for work in works])
+            return _follow_all(works, seeded_pick(p, torch.from_numpy(noise).to(p.device)))
+        laws, verdicts, start = p.cpu().numpy(), [], 0
+        for work in works:
+            sequence = work.job.sequence
+            verifier = _VERIFIERS[sequence.verifier]
+            stop = start + len(work.tree)
+            verdicts.append(verifier(work.tree, laws[start:stop], sequence.rng))
+            start = stop
+        return verdicts
+
+    # --- commit -----------------------------------------------------------------------------------
+
+    def _commit(self, works: ListLike[_Work], verdicts: ListLike[Verdict]) -> list[StepTrace]:
+        for work in works:
+            work.job.sequence.num_computed += work.job.num_tokens
+        emitting = [work for work in works if work.num_logits]
+        self._keep_paths(emitting, verdicts)
+        traces = []
+        for work, verdict in zip(emitting, verdicts, strict=True):
+            sequence, tree = work.job.sequence, work.tree
+            new = [*(tree.tokens[node] for node in verdict.path), verdict.next_token]
+            num_new = sequence.append(new)
+            self._count(work, verdict.path[:num_new])
+            if sequence.noise is not None:
+                sequence.noise.forget(len(sequence.tokens))
+            traces.append(StepTrace(sequence, tree, verdict, num_new))
+            if sequence.is_finished:
+                self._remove(sequence)
+        return traces
+
+    def _keep_paths(self, works: ListLike[_Work], verdicts: ListLike[Verdict]) -> None:
+        """Move the accepted nodes' K and V to where committed tokens stand, in every pool."""
+        sources, targets = [], []
+        for work, verdict in zip(works, verdicts, strict=True):
+            sequence = work.job.sequence
+            assert sequence.pages is not None
+            root = sequence.num_computed - 1  # node i stands i keys behind the root
+            for depth, node in enumerate(verdict.path, start=1):
+                if node != depth:
+                    sources.append(sequence.pages.slot(root + node))
+                    targets.append(sequence.pages.slot(root + depth))
+            sequence.num_computed += len(verdict.path)
+        self.target.pool.move(sources, targets)
+        for index, drafter in enumerate(self.drafters):
+            drafter.admit(
+                [
+                    (work.grown.drafts[index], work.grown.own_path(index, verdict.path))
+                    for work, verdict in zip(works, verdicts, strict=True)
+                    if work.grown is not None
+                ]
+            )
+
+    def _count(self, work: _Work, emitted_path: ListLike[int]) -> None:
+        stats, tree = work.job.sequence.stats, work.tree
+        stats.num_target_steps += 1
+        stats.num_drafted += tree.num_drafted
+        stats.num_accepted += len(emitted_path)
+        missing = len(emitted_path) - len(stats.accepted_by_depth)
+        stats.accepted_by_depth.extend([0] * missing)
+        for depth, node in enumerate(emitted_path):
+            stats.accepted_by_depth[depth] += 1
+            parent = tree.parents[node]
+            source = next(
+                tree.slots[s].source for s in tree.slots_of[parent] if tree.slots[s].node == node
+            )
+            name = self.drafters[source].name
+            stats.accepted_by_source[name] = stats.accepted_by_source.get(name, 0) + 1
+
+    def _remove(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        for drafter in self.drafters:
+            drafter.drop(sequence.number)
+
+
+def _kind(sequence: Sequence) -> str:
+    if sequence.params.is_greedy:
+        return "greedy"
+    return "law" if sequence.noise is None else "seeded"
+
+
+def _growth(sequence: Sequence, widths: tuple[int, ...]) -> Growth:
+    assert sequence.pages is not None
+    return Growth(
+        key=sequence.number,
+        tokens=sequence.tokens,
+        pages=sequence.pages,
+        widths=widths,
+        params=sequence.draft_params,
+        draw=sequence.draw,
+        rng=sequence.rng,
+        noise=sequence.noise,
+    )
+
+
+def _span(work: _Work) -> Span:
+    """Pending tokens of the job, then the tree's nodes behind its root."""
+    job, tree = work.job, work.tree
+    sequence = job.sequence
+    assert sequence.pages is not None
+    start = sequence.num_computed
+    tokens = sequence.tokens[start : start + job.num_tokens] + tree.tokens[1:]
+    root = start + job.num_tokens - 1
+    is_chain = tree.depths[-1] == len(tree) - 1
+    return Span(
+        tokens=tokens,
+        positions=[*range(start, root), *(root + depth for depth in tree.depths)],
+        pages=sequence.pages,
+        prefix=start,
+        start=start,
+        mask=None if is_chain else tree.ancestor_mask(),
+        num_logits=work.num_logits,
+    )
+
+
+def _filters(works: ListLike[_Work], device: torch.device) -> RowFilters:
+    runs, banned, start = [], [], 0
+    for work in works:
+        sequence = work.job.sequence
+        runs.append((sequence.params, len(work.tree)))
+        if sequence.num_output < sequence.params.min_tokens:
+            early = early_rows(work.tree.depths, sequence.num_output, sequence.params.min_tokens)
+            banned += [(start + node, sequence.end_tokens) for node in early]
+        start += len(work.tree)
+    return RowFilters.of(runs, banned=banned, device=device)
+
+
+def _noise(work: _Work) -> np.ndarray:
+    """[nodes, vocab]: what decides the token after each node, by its position alone."""
+    sequence = work.job.sequence
+    assert sequence.noise is not None
+    return np.stack(
+        [sequence.noise.row(len(sequence.tokens) + depth) for depth in work.tree.depths]
+    )
+
+
+def _follow_all(works: ListLike[_Work], picks: Tensor) -> list[Verdict]:
+    tokens, verdicts, start = picks.tolist(), [], 0
+    for work in works:
+        stop = start + len(work.tree)
+        verdicts.append(follow(work.tree, tokens[start:stop]))
+        start = stop
+    return verdicts

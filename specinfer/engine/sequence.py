@@ -1,0 +1,158 @@
+"""One continuation being written: what is known, what is computed, and when it ends."""
+
+from collections.abc import Sequence as ListLike
+from dataclasses import replace
+
+import numpy as np
+
+from specinfer.cache.blocks import Pages
+from specinfer.config import Draw, Speculation, VerifierName
+from specinfer.request import CompletionOutput, RequestStats, SamplingParams
+from specinfer.sampling import SeededNoise, request_generator
+from specinfer.text.stream import IncrementalDetokenizer, StopStrings
+from specinfer.text.tokenizer import Tokenizer
+
+
+class Sequence:
+    """Prompt and output of one sample of one request.
+
+    tokens        prompt and output; the last one is the root once all others are computed
+    num_computed  tokens 0 … num_computed - 1 have K and V in the target's pages
+    max_total     tokens at most, prompt included
+    """
+
+    def __init__(
+        self,
+        *,
+        number: int,
+        request_id: str,
+        index: int,
+        prompt: ListLike[int],
+        params: SamplingParams,
+        max_total: int,
+        tokenizer: Tokenizer,
+        speculation: Speculation,
+        vocab_size: int,
+        seed: int,
+    ) -> None:
+        self.number = number
+        self.request_id = request_id
+        self.params = params
+        self.max_total = max_total
+        self.tokens = list(prompt)
+        self.num_prompt = len(self.tokens)
+        self.num_computed = 0
+        self.pages: Pages | None = None
+        self.output = CompletionOutput(index)
+        self.stats = RequestStats()
+        self.rng: np.random.Generator = request_generator(seed, number)
+        self.noise = (
+            None
+            if params.seed is None or params.is_greedy
+            else SeededNoise(params.seed, index, vocab_size)
+        )
+        self.verifier = self._resolve_verifier(speculation)
+        self.draw = self._resolve_draw(speculation)
+        self.draft_params = self._resolve_draft_params(speculation)
+        self._own_ends = frozenset(params.stop_token_ids or ())
+        self._ends = frozenset(() if params.ignore_eos else tokenizer.eos_token_ids)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, skip_special_tokens=params.skip_special_tokens
+        )
+        self._stops = (
+            StopStrings(params.stop_strings, include_stop=params.include_stop_str_in_output)
+            if params.stop_strings
+            else None
+        )
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens the target has not computed; 1 means the root alone."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_left(self) -> int:
+        """Output tokens that may still come."""
+        return self.max_total - len(self.tokens)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will come."""
+        return self.output.finish_reason is not None
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end the text: what min_tokens keeps from being sampled."""
+        return self._ends | self._own_ends
+
+    def append(self, tokens: ListLike[int]) -> int:
+        """Take emitted tokens in until one of them ends the text; returns how many were taken."""
+        start = len(self.tokens)
+        for token in tokens:
+            self.tokens.append(token)
+            self.output.token_ids.append(token)
+            if self._takes_end(token):
+                break
+        taken = len(self.tokens) - start
+        self.stats.num_output_tokens += taken
+        if self.is_finished:
+            self._flush()
+        return taken
+
+    def abort(self) -> None:
+        """End here, on the caller's wish."""
+        if not self.is_finished:
+            self.output.finish_reason = "abort"
+            self._flush()
+
+    def _takes_end(self, token: int) -> bool:
+        output = self.output
+        is_end = token in self._ends or token in self._own_ends
+        if not (is_end and self.num_output >= self.params.min_tokens):
+            self._push(self._detokenizer.push([token]))
+            if self._stops is not None and self._stops.matched is not None:
+                output.finish_reason, output.stop_reason = "stop", self._stops.matched
+        else:
+            output.finish_reason = "stop"
+            output.stop_reason = token if token in self._own_ends else None
+            if not self.params.skip_special_tokens:
+                self._push(self._detokenizer.push([token]))
+        if output.finish_reason is None and len(self.tokens) >= self.max_total:
+            output.finish_reason = "length"
+        return output.finish_reason is not None
+
+    def _push(self, text: str) -> None:
+        # Stop strings are looked for in what follows the first min_tokens tokens, as in vLLM.
+        if self._stops is not None and self.num_output > self.params.min_tokens:
+            text = self._stops.push(text)
+        self.output.text += text
+
+    def _flush(self) -> None:
+        self._push(self._detokenizer.flush())
+        if self._stops is not None:
+            self.output.text += self._stops.flush()
+
+    def _resolve_verifier(self, speculation: Speculation) -> VerifierName:
+        """Greedy and seeded sequences have one lawful token per node: matching it is optimal."""
+        if self.params.is_greedy or self.noise is not None:
+            return "match"
+        return "traversal" if speculation.verifier == "auto" else speculation.verifier
+
+    def _resolve_draw(self, speculation: Speculation) -> Draw:
+        if speculation.draw != "auto":
+            return speculation.draw
+        return "pick" if self.verifier == "match" else "without-replacement"
+
+    def _resolve_draft_params(self, speculation: Speculation) -> SamplingParams:
+        """The drafters' law: the request's own filters; a greedy request's law is no law to draw
+        from, so its drafters draw (if they are told to draw at all) at temperature 1."""
+        temperature = speculation.draft_temperature
+        if temperature is None and not self.params.is_greedy:
+            return self.params
+        top_k = 0 if self.params.is_greedy else self.params.top_k
+        return replace(self.params, temperature=temperature or 1.0, top_k=top_k)

@@ -1,0 +1,230 @@
+"""The offline face: load a model with its drafters, and ask it.
+
+    llm = LLM("zoo:parley", drafters=["zoo:parley-draft"])
+    llm.generate("Tell me a story.", SamplingParams(max_tokens=64))[0].outputs[0].text
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from specinfer.config import EngineConfig, Speculation
+from specinfer.engine.build import build_engine
+from specinfer.engine.engine import Engine
+from specinfer.engine.sequence import Sequence as EngineSequence
+from specinfer.errors import ConfigError
+from specinfer.progress import count_tokens, show_loading
+from specinfer.request import RequestOutput, RequestStats, SamplingParams
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
+
+_UNBUILT: dict[str, Any] = {
+    "quantization": None,
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "executor": "local",
+    "offload": None,
+    "enable_prefix_caching": False,
+    "lora": None,
+    "compile": False,
+    "calibration": None,
+}
+"""Options that later work will build, and the one value each may have until then."""
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A request in the engine: its sequences, and what the caller will get of them."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    sequences: list[EngineSequence]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all its sequences have ended."""
+        return all(sequence.is_finished for sequence in self.sequences)
+
+    def output(self) -> RequestOutput:
+        """All of it so far, as a value that later steps do not touch."""
+        stats = RequestStats()
+        for sequence in self.sequences:
+            stats.add(sequence.stats)
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[
+                replace(sequence.output, token_ids=list(sequence.output.token_ids))
+                for sequence in self.sequences
+            ],
+            finished=self.is_finished,
+            stats=stats,
+        )
+
+
+class LLM:
+    """A target model with any number of drafters, served in this process."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        drafters: str | Sequence[str] = (),
+        speculation: Speculation | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 2048,
+        max_model_len: int | None = None,
+        kv_cache_memory: int | None = None,
+        block_size: int = 16,
+        seed: int = 0,
+        show_progress: bool | None = None,
+        **unbuilt: Any,
+    ) -> None:
+        """Load everything; takes as long as reading the weights.
+
+        model            a Hugging Face id, a folder, or "zoo:NAME"
+        drafters         the same, none for plain decoding; each shares the model's tokenizer
+        speculation      how to guess and verify; None: `Speculation()`
+        dtype            "auto" (the checkpoint's) | "bfloat16" | "float16" | "float32"
+        device           "auto" | "cpu" | "cuda"
+        max_num_seqs …   as in `EngineConfig`
+        show_progress    None: where standard error is a terminal
+        raises           ConfigError, ModelError or CapacityError, each in one sentence
+        """
+        _refuse_unbuilt(unbuilt)
+        config = EngineConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            kv_cache_memory=kv_cache_memory,
+            block_size=block_size,
+            seed=seed,
+        )
+        self._show_progress = show_progress
+        self._num_requests = 0
+        with show_loading(show_progress) as progress:
+            self.engine: Engine = build_engine(
+                model,
+                [drafters] if isinstance(drafters, str) else list(drafters),
+                config=config,
+                speculation=speculation or Speculation(),
+                dtype=dtype,
+                device=device,
+                progress=progress,
+            )
+        self.tokenizer = self.engine.tokenizer
+
+    def default_sampling_params(self, **changes: Any) -> SamplingParams:
+        """What the model's generation_config.json asks for, with changes."""
+        known = SamplingParams.__dataclass_fields__
+        defaults = {k: v for k, v in self.tokenizer.generation_defaults.items() if k in known}
+        return SamplingParams(**(defaults | changes))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue prompts, together.
+
+        prompts          a text, a list of token ids, or a list of either
+        sampling_params  for all, or one per prompt; None: `default_sampling_params()`
+        returns          in the order of the prompts
+        raises           RequestError for a prompt that cannot be served, before any is started
+        """
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        params = self._params_per_prompt(len(prompts), sampling_params)
+        pending: list[Pending] = []
+        try:
+            for prompt, each in zip(prompts, params, strict=True):
+                pending.append(self.submit(prompt, each))  # type: ignore[arg-type]
+            with count_tokens(self._show_progress, len(pending)) as count:
+                while self.engine.has_work:
+                    count(self.engine.step())
+        finally:
+            self.abort(pending)  # only where something above raised
+        return [request.output() for request in pending]
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or a list of them, through the model's chat template.
+
+        messages         {"role", "content"} each
+        sampling_params  None: the model's defaults, max_tokens the rest of the context
+        """
+        conversations = [messages] if isinstance(messages[0], Mapping) else messages
+        if sampling_params is None:
+            sampling_params = self.default_chat_params()
+        return self.generate(
+            [self.tokenizer.apply_chat_template(each) for each in conversations],  # type: ignore[arg-type]
+            sampling_params,
+        )
+
+    def stream(
+        self, prompt: Prompt | Conversation, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Continue one prompt, or answer one conversation, step by step.
+
+        yields  all of the output so far after every step that added to it, the last one finished
+        """
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            sampling_params = sampling_params or self.default_chat_params()
+            prompt = self.tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
+        request = self.submit(prompt, sampling_params or self.default_sampling_params())  # type: ignore[arg-type]
+        try:
+            while not request.is_finished:
+                own = set(map(id, request.sequences))
+                if any(id(trace.sequence) in own for trace in self.engine.step()):
+                    yield request.output()
+        finally:
+            self.abort([request])
+
+    def default_chat_params(self, **changes: Any) -> SamplingParams:
+        """The model's defaults for an answer: as long as the context allows."""
+        return self.default_sampling_params(**({"max_tokens": None} | changes))
+
+    def submit(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None
+    ) -> Pending:
+        """Queue a request without computing anything; `engine.step()` then advances it."""
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        request_id = request_id or str(self._num_requests)
+        self._num_requests += 1
+        return Pending(request_id, text, ids, self.engine.add(request_id, ids, params))
+
+    def abort(self, requests: Sequence[Pending]) -> None:
+        """End requests and free what they hold; those that have ended stay as they are."""
+        for request in requests:
+            self.engine.abort(request.sequences)
+
+    def _params_per_prompt(
+        self, count: int, params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if params is None:
+            params = self.default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise ConfigError(
+                f"{len(params)} sampling_params for {count} prompts: give one, or one per prompt"
+            )
+        return list(params)
+
+
+def _refuse_unbuilt(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if name not in _UNBUILT:
+            raise TypeError(f"LLM has no option {name!r}")
+        if value != _UNBUILT[name]:
+            raise ConfigError(f"{name}={value!r} is not built yet: leave {name} out")

@@ -1,0 +1,345 @@
+"""From a name to a decoder that serves: find the folder, stream its weights, check every one.
+
+Tensors are fused (q, k and v; gate and up) and re-ordered while they stream. A shard is mapped
+anew for each weight, because pages of a mapped file count as resident memory until it is unmapped:
+the peak stays near the size of the weights, mapped pages included.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from specinfer.errors import (
+    CheckpointError,
+    ConfigError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
+from specinfer.models.architecture import FAMILIES, read_architecture
+from specinfer.models.decoder import Decoder
+from specinfer.models.layers import Linear
+from specinfer.ops.linear import can_pack, has_native
+
+Progress = Callable[[int, int], None]
+"""progress(bytes read so far, bytes in all)"""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""safetensors' word for each."""
+
+TIED_COPY_SHARE = 0.10
+TIED_COPY_BYTES = 16 << 20
+"""A tied embedding is copied into the blocked layout when the copy is at most this share of all
+weights, or this small whatever the share."""
+
+_INDEX = "model.safetensors.index.json"
+_HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$")
+_ZOO = Path(__file__).parent.parent / "zoo"
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+_HUB_IGNORED = ["*/*", "consolidated*"]
+
+
+def resolve_model(name: str) -> Path:
+    """Find the folder of a model, downloading it if it is a hub id that is not cached.
+
+    name    a folder, "zoo:NAME" for a bundled model, or a Hugging Face id
+    raises  ModelNotFoundError if there is none
+    """
+    if name.startswith("zoo:"):
+        return _resolve_zoo(name.removeprefix("zoo:"))
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ModelNotFoundError(
+            f"{name!r} is no folder: give a model's folder, a Hugging Face id or zoo:NAME"
+        )
+    return _download(name)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Parse a model folder's config.json.
+
+    raises  CheckpointError if it is missing or no JSON object
+    """
+    file = path / "config.json"
+    return _read_json(file, f"{path} has no config.json: give the folder of a Hugging Face model")
+
+
+def load_decoder(
+    path: Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+    blocked: bool = True,
+) -> Decoder:
+    """Read a Hugging Face folder into a decoder that serves (no gradients).
+
+    dtype    "auto": the checkpoint's, but float32 (it loses nothing) where the processor has no
+             instructions for it; or a name in `DTYPES`; or a torch dtype
+    blocked  re-order weights for speed where that pays (`ops.linear.can_pack`); False keeps plain
+             weights, which training needs
+    raises   ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError
+    cost     peak resident memory is at most 1.1 times the weights, mapped files included
+    """
+    path, device = Path(path), torch.device(device)
+    if not path.is_dir():
+        raise ModelNotFoundError(f"{path} is no folder: give the folder of a Hugging Face model")
+    architecture = read_architecture(read_config(path))
+    checkpoint = _Checkpoint(path)
+    stored = architecture.dtype or next(iter(checkpoint.dtypes.values()), "float32")
+    kind = _resolve_dtype(dtype, stored, device)
+    decoder = Decoder(architecture, dtype=kind, device="meta")
+    _Loader(checkpoint, decoder, kind, device, blocked and can_pack(kind, device), progress).run()
+    return decoder.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One tensor of the checkpoint: where it is and what it must be."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class _Checkpoint:
+    """The safetensors files of a folder: which tensor is in which."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shard_of: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for shard in self._shards():
+            with self._open(shard) as file:
+                for name in file.keys():  # noqa: SIM118, it is no mapping
+                    self.shard_of[name] = shard
+                    header = file.get_slice(name)
+                    self.shapes[name] = tuple(header.get_shape())
+                    self.dtypes[name] = _STORED.get(header.get_dtype(), header.get_dtype())
+
+    def read(self, name: str) -> Tensor:
+        """A view of the mapped file: its pages go when the tensor does."""
+        with self._open(self.shard_of[name]) as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+
+    def _open(self, shard: Path) -> Any:
+        try:
+            return safe_open(str(shard), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{shard} cannot be read, it may be truncated ({error}): download it again"
+            ) from error
+
+    def _shards(self) -> list[Path]:
+        single = self.path / "model.safetensors"
+        if single.exists():
+            return [single]
+        index = self.path / _INDEX
+        if index.exists():
+            named = _read_json(index, "").get("weight_map")
+            if not isinstance(named, dict) or not all(isinstance(v, str) for v in named.values()):
+                raise CheckpointError(f"{index} has no weight_map: download it again")
+            shards = [self.path / shard for shard in sorted(set(named.values()))]
+            missing = [shard.name for shard in shards if not shard.exists()]
+            if missing:
+                raise CheckpointError(
+                    f"{self.path} lacks {', '.join(missing)}, which {_INDEX} names: "
+                    "download the folder again"
+                )
+            return shards
+        if any(self.path.glob("*.bin")):
+            raise CheckpointError(
+                f"{self.path} has only PyTorch .bin weights: convert them to safetensors, "
+                "for instance with transformers' save_pretrained"
+            )
+        raise CheckpointError(f"{self.path} has no weights: it needs model.safetensors or {_INDEX}")
+
+
+class _Loader:
+    """Fills a decoder made on the meta device, weight by weight, the largest first.
+
+    While a weight is re-ordered there are two or three of it, so the largest go first, when little
+    else is there.
+    """
+
+    def __init__(
+        self,
+        checkpoint: _Checkpoint,
+        decoder: Decoder,
+        dtype: torch.dtype,
+        device: torch.device,
+        blocked: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.checkpoint, self.decoder = checkpoint, decoder
+        self.dtype, self.device, self.blocked = dtype, device, blocked
+        self.progress = progress
+        self.staging = torch.empty(0)
+
+    def run(self) -> None:
+        """Read everything, then see that nothing is missing or left over."""
+        wanted = {name: self._parts(name) for name, _ in self.decoder.named_parameters()}
+        self._check(wanted)
+        sizes = {
+            name: sum(math.prod(part.shape) for part in parts) * self.dtype.itemsize
+            for name, parts in wanted.items()
+        }
+        total, done = sum(sizes.values()), 0
+        for name in sorted(wanted, key=lambda name: -sizes[name]):
+            self._fill(name, wanted[name])
+            done += sizes[name]
+            if self.progress is not None:
+                self.progress(done, total)
+        if self.blocked and self.decoder.architecture.tied_embeddings:
+            copy = sizes["embedding.weight"]
+            if copy <= max(TIED_COPY_SHARE * total, TIED_COPY_BYTES):
+                self.decoder.pack_tied_head()
+
+    def _parts(self, name: str) -> tuple[_Part, ...]:
+        """The checkpoint's tensors that make up one of our parameters, in order."""
+        module_name, _, kind = name.rpartition(".")
+        module = self.decoder.get_submodule(module_name)
+        shape = tuple(self.decoder.get_parameter(name).shape)
+        layer = re.search(r"\d+", module_name)
+        names = FAMILIES[self.decoder.architecture.family].names
+        theirs = names[re.sub(r"\d+", "{}", module_name)]
+        widths = module.widths if isinstance(module, Linear) else (shape[0],)
+        return tuple(
+            _Part(f"{part.format(layer and layer[0])}.{kind}", (width, *shape[1:]))
+            for part, width in zip(theirs, widths, strict=True)
+        )
+
+    def _check(self, wanted: Mapping[str, tuple[_Part, ...]]) -> None:
+        shapes, path = self.checkpoint.shapes, self.checkpoint.path
+        parts = [part for group in wanted.values() for part in group]
+        missing = [part.name for part in parts if part.name not in shapes]
+        if missing:
+            raise CheckpointError(f"{path} lacks {_some(missing)}, which config.json asks for")
+        for part in parts:
+            if shapes[part.name] != part.shape:
+                raise CheckpointError(
+                    f"{path}: {part.name} has shape {list(shapes[part.name])} where config.json "
+                    f"asks for {list(part.shape)}"
+                )
+            if self.checkpoint.dtypes[part.name] not in DTYPES:
+                raise UnsupportedModelError(
+                    f"{path}: {part.name} has dtype {self.checkpoint.dtypes[part.name]}: "
+                    f"use a checkpoint in one of {', '.join(DTYPES)}"
+                )
+        left = [name for name in shapes.keys() - {p.name for p in parts} if not self._known(name)]
+        if left:
+            raise CheckpointError(
+                f"{path} has {_some(sorted(left))}, which config.json does not ask for"
+            )
+
+    def _known(self, name: str) -> bool:
+        """Tensors that some tools save although nothing reads them."""
+        tied = self.decoder.architecture.tied_embeddings and name == "lm_head.weight"
+        return tied or bool(_HARMLESS.search(name))
+
+    def _fill(self, name: str, parts: tuple[_Part, ...]) -> None:
+        module_name, _, kind = name.rpartition(".")
+        module = self.decoder.get_submodule(module_name)
+        if self.blocked and isinstance(module, Linear) and kind == "weight":
+            module.pack(self._stage(parts))
+        else:
+            weight = torch.empty(_stacked(parts), dtype=self.dtype, device=self.device)
+            setattr(module, kind, nn.Parameter(self._stack(parts, weight), requires_grad=False))
+
+    def _stage(self, parts: tuple[_Part, ...]) -> Tensor:
+        """The parts as one weight that lives until the next call.
+
+        One tensor comes straight from its mapped file. Others are stacked in a buffer kept from
+        weight to weight: a new one each time would leave holes between the blocked weights, up to
+        a tenth of the model.
+        """
+        if len(parts) == 1:
+            tensor = self.checkpoint.read(parts[0].name)
+            if tensor.dtype == self.dtype:
+                return tensor
+        shape = _stacked(parts)
+        size = math.prod(shape)
+        if not size <= self.staging.numel() < 2 * size:
+            self.staging = torch.empty(0)  # dropped before the next is made
+            self.staging = torch.empty(size, dtype=self.dtype)
+        return self._stack(parts, self.staging[:size].view(shape))
+
+    def _stack(self, parts: tuple[_Part, ...], into: Tensor) -> Tensor:
+        """Copy the parts one below the other, one mapped at a time."""
+        start = 0
+        for part in parts:
+            into[start : start + part.shape[0]].copy_(self.checkpoint.read(part.name))
+            start += part.shape[0]
+        return into
+
+
+def _stacked(parts: tuple[_Part, ...]) -> tuple[int, ...]:
+    return sum(part.shape[0] for part in parts), *parts[0].shape[1:]
+
+
+def _resolve_dtype(dtype: str | torch.dtype, stored: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        kind = DTYPES.get(stored)
+        if kind is None:
+            raise UnsupportedModelError(
+                f"the checkpoint has dtype={stored!r}: set dtype to one of {', '.join(DTYPES)}"
+            )
+        if kind.itemsize == 2 and not has_native(kind, device):
+            return torch.float32
+        return kind
+    kind = DTYPES.get(str(dtype).removeprefix("torch."))
+    if kind is None:
+        raise ConfigError(f"dtype={dtype!r}: use auto or one of {', '.join(DTYPES)}")
+    return kind
+
+
+def _resolve_zoo(name: str) -> Path:
+    names = sorted(folder.parent.name for folder in _ZOO.glob("*/config.json"))
+    if name not in names:
+        listed = ", ".join(f"zoo:{known}" for known in names) or "none in this installation"
+        raise ModelNotFoundError(f"zoo:{name} is not bundled: there are {listed}")
+    return _ZOO / name
+
+
+def _download(name: str) -> Path:
+    # Imported late: most runs read a folder, and the hub's client is slow to import.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFoundError(
+            f"{name!r} is no folder here and could not be had from the Hugging Face hub "
+            f"({reason}): give a folder, an id you may read, or zoo:NAME"
+        ) from error
+
+
+def _read_json(file: Path, absent: str) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(absent) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} is no JSON object: download it again")
+    return value
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"

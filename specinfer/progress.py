@@ -1,0 +1,67 @@
+"""Progress bars for a terminal: silent, and free, anywhere else."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from specinfer.engine.build import Progress
+from specinfer.engine.engine import StepTrace
+
+
+def is_shown(asked: bool | None) -> bool:
+    """Whether to draw: as asked for, else where standard error is a terminal."""
+    return sys.stderr.isatty() if asked is None else asked
+
+
+@contextmanager
+def show_loading(asked: bool | None) -> Iterator[Progress | None]:
+    """A bar per model while its weights are read."""
+    if not is_shown(asked):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+
+    tasks: dict[str, TaskID] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+
+        def report(model: str, done: int, total: int) -> None:
+            if model not in tasks:
+                tasks[model] = bars.add_task(f"loading {model}", total=total)
+            bars.update(tasks[model], completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
+def count_tokens(
+    asked: bool | None, num_requests: int
+) -> Iterator[Callable[[Sequence[StepTrace]], None]]:
+    """A bar over finished requests with tokens per second; for batches only."""
+    if num_requests < 2 or not is_shown(asked):
+        yield lambda traces: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("generating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("generating", total=num_requests, rate="")
+        num_tokens = 0
+
+        def report(traces: Sequence[StepTrace]) -> None:
+            nonlocal num_tokens
+            num_tokens += sum(trace.num_new for trace in traces)
+            elapsed = bars.tasks[0].elapsed or 0.0
+            rate = f"{num_tokens / elapsed:.0f} tok/s" if elapsed else ""
+            ended = sum(trace.sequence.is_finished for trace in traces)
+            bars.update(task, advance=ended, rate=rate)
+
+        yield report

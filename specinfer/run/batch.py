@@ -1,0 +1,95 @@
+"""Requests' parts of a step, flattened into one ragged list of tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from specinfer.cache.blocks import Pages
+from specinfer.ops.attention import Segment
+
+
+@dataclass(slots=True)
+class Span:
+    """One request's new tokens in one step of one model.
+
+    tokens      [new] token ids
+    positions   [new]
+    pages       where its K and V stand
+    prefix      keys 0 … prefix - 1 are seen by every new token
+    start       the key index of the first new token; keys prefix … start - 1 are older nodes
+    mask        [new, start - prefix + new] bool over the keys from `prefix` on; None: a causal
+                chain, start == prefix
+    num_logits  how many of the last tokens need logits
+    region_positions  positions of the keys from `prefix` on; None: they are the new tokens'
+    """
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    pages: Pages
+    prefix: int
+    start: int
+    mask: npt.NDArray[np.bool_] | None
+    num_logits: int
+    region_positions: Sequence[int] | None = None
+
+
+@dataclass(slots=True)
+class Batch:
+    """Spans as flat tensors.
+
+    tokens, positions  [tokens] int64
+    slots              [tokens] where K and V are written; a slice where they are one run
+    segments           one per span, for attention
+    logits_rows        [rows] int64, the tokens that need logits; None: all of them
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    slots: slice | Tensor
+    segments: list[Segment]
+    logits_rows: Tensor | None
+
+
+def flatten(spans: Sequence[Span], device: torch.device) -> Batch:
+    """Lay spans out one after the other."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    writes: list[slice | npt.NDArray[np.int64]] = []
+    segments: list[Segment] = []
+    rows: list[int] = []
+    for span in spans:
+        tokens.extend(span.tokens)
+        positions.extend(span.positions)
+        rows.extend(range(len(tokens) - span.num_logits, len(tokens)))
+        stop = span.start + len(span.tokens)
+        writes.append(span.pages.slots(span.start, stop))
+        segments.append(
+            Segment(
+                num_queries=len(span.tokens),
+                slots=span.pages.slots(0, stop),
+                prefix=span.prefix,
+                mask=span.mask,
+                query_positions=span.positions,
+                region_positions=span.region_positions or span.positions,
+            )
+        )
+    return Batch(
+        tokens=torch.tensor(tokens, device=device),
+        positions=torch.tensor(positions, device=device),
+        slots=_join(writes, device),
+        segments=segments,
+        logits_rows=None if len(rows) == len(tokens) else torch.tensor(rows, device=device),
+    )
+
+
+def _join(
+    writes: Sequence[slice | npt.NDArray[np.int64]], device: torch.device
+) -> slice | Tensor:
+    if len(writes) == 1 and isinstance(writes[0], slice):
+        return writes[0]
+    parts = [np.arange(w.start, w.stop) if isinstance(w, slice) else w for w in writes]
+    return torch.from_numpy(np.concatenate(parts)).to(device)

@@ -1,0 +1,55 @@
+"""One model with its pages: spans in, logits out. The only place that sees both."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specinfer.cache.pool import KVPool
+from specinfer.models.decoder import Decoder
+from specinfer.ops.attention import AttentionPlan
+from specinfer.run.batch import Span, flatten
+
+
+class Runner:
+    """Runs one decoder over pages of its own; slots are numbered by whoever allocates blocks."""
+
+    def __init__(self, decoder: Decoder, num_slots: int) -> None:
+        architecture = decoder.architecture
+        self.decoder = decoder
+        self.device = decoder.device
+        self.vocab_size = architecture.vocab_size
+        self.pool = KVPool(
+            num_layers=architecture.num_layers,
+            kv_heads=architecture.num_kv_heads,
+            num_slots=num_slots,
+            head_dim=architecture.head_dim,
+            dtype=decoder.dtype,
+            device=decoder.device,
+        )
+
+    @torch.inference_mode()
+    def run(self, spans: Sequence[Span]) -> Tensor:
+        """Compute the spans' tokens and store their K and V.
+
+        returns  [rows, vocab] float32: the spans' last `num_logits` tokens, one span after the
+                 other
+        """
+        batch = flatten(spans, self.device)
+        architecture = self.decoder.architecture
+        plan = AttentionPlan(
+            batch.segments,
+            scale=architecture.scale,
+            num_groups=architecture.num_heads // architecture.num_kv_heads,
+            dtype=self.decoder.dtype,
+            device=self.device,
+        )
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.pool.write(layer, batch.slots, k, v)
+            return plan(q, *self.pool.layer(layer), architecture.windows[layer])
+
+        hidden = self.decoder.forward(batch.tokens, batch.positions, attend)
+        if batch.logits_rows is not None:
+            hidden = hidden[batch.logits_rows]
+        return self.decoder.logits(hidden)

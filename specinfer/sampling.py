@@ -1,0 +1,409 @@
+"""From logits to laws, and from laws to tokens.
+
+`target_laws` makes p, the law the user asked for; plain and verified decoding both go through it,
+and a row's law is the same to the last bit whatever other rows stand in the batch. The rest turns
+laws into tokens: unseeded requests draw with a generator of their own; seeded ones take the argmax
+of log p + Gumbel noise that depends on (seed, sample, position) alone. `add_*` put tokens into a
+tree together with the law they were really drawn from. All unseeded chance passes through `draw`
+and `coin`, so that tests/oracle.py can replace it by enumeration.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from specinfer.errors import LawError
+from specinfer.request import SamplingParams
+from specinfer.tree import PICK, Floats, Law, TokenTree
+
+# --- the target's law -----------------------------------------------------------------------------
+
+_UNITS = 2**40
+"""Top-p sums probabilities as whole multiples of 2^-40: integer sums do not depend on their order,
+so the set kept depends neither on the kernel nor on how many candidates were looked at."""
+
+_FIRST_CANDIDATES = 64
+_COLD = 1e-2
+"""Below this temperature logits are shifted by their maximum first, lest the quotient overflow."""
+
+_BLOCK = 256
+"""`draw` sums blocks of this many tokens first: a cumulative sum is ten times slower than a sum."""
+
+_PLAIN = SamplingParams()
+
+
+@dataclass(frozen=True, slots=True)
+class RowFilters:
+    """What rows of logits have to go through; None where no row asks for it.
+
+    greedy       [n] int64, the rows whose law is a point mass at the likeliest token
+    banned       ([n] int64 rows, [n] int64 tokens) that must not be sampled
+    temperature  [rows, 1] float32
+    min_p        [rows, 1] float32, the logarithm of min_p
+    top_k        [rows, 1] int64; the whole vocabulary (or more) keeps all
+    top_p        [rows, 1] int64, the mass to reach in units of 2^-40
+    temperatures, top_ks  once per run, on the host
+    """
+
+    num_rows: int
+    greedy: Tensor | None = None
+    banned: tuple[Tensor, Tensor] | None = None
+    temperature: Tensor | None = None
+    min_p: Tensor | None = None
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    temperatures: tuple[float, ...] = ()
+    top_ks: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        runs: Sequence[tuple[SamplingParams, int]],
+        *,
+        banned: Sequence[tuple[int, Iterable[int]]] = (),
+        device: torch.device | str = "cpu",
+    ) -> "RowFilters":
+        """Collect the filters of consecutive rows.
+
+        runs    per request its parameters and its number of rows, in the order of the rows
+        banned  (row, tokens that must not be sampled there); see `early_rows`
+        cost    O(rows) on the host, and one small copy to the device per filter asked for
+        """
+        counts = [count for _, count in runs]
+        params = [_PLAIN if each.is_greedy else each for each, _ in runs]
+
+        def column(values: Sequence[float], dtype: npt.DTypeLike) -> Tensor:
+            rows = np.repeat(np.array(values, dtype), counts)[:, None]
+            return torch.from_numpy(rows).to(device)
+
+        def index(values: npt.ArrayLike) -> Tensor:
+            return torch.from_numpy(np.asarray(values, np.int64)).to(device)
+
+        temperatures = [each.temperature for each in params]
+        min_ps = [each.min_p for each in params]
+        top_ks = [each.top_k for each in params]
+        top_ps = [each.top_p for each in params]
+        greedy = [each.is_greedy for each, _ in runs]
+        bans = [(row, token) for row, tokens in banned for token in tokens]
+        return cls(
+            num_rows=sum(counts),
+            greedy=index(np.flatnonzero(np.repeat(greedy, counts))) if any(greedy) else None,
+            banned=(index([row for row, _ in bans]), index([token for _, token in bans]))
+            if bans
+            else None,
+            temperature=column(temperatures, np.float32)
+            if any(value != 1 for value in temperatures)
+            else None,
+            min_p=column([math.log(x) if x else -math.inf for x in min_ps], np.float32)
+            if any(min_ps)
+            else None,
+            top_k=column([x if x > 0 else np.iinfo(np.int64).max for x in top_ks], np.int64)
+            if any(x > 0 for x in top_ks)
+            else None,
+            top_p=column([math.ceil(x * _UNITS) if x < 1 else 2 * _UNITS for x in top_ps], np.int64)
+            if any(x < 1 for x in top_ps)
+            else None,
+            temperatures=tuple(temperatures),
+            top_ks=tuple(top_ks),
+        )
+
+
+def early_rows(depths: Sequence[int], num_output: int, min_tokens: int) -> list[int]:
+    """The nodes of a tree after which end tokens are still banned.
+
+    depths      per node; the law after a node at depth d is that of output token num_output + d
+    num_output  tokens already emitted, the root included
+    """
+    return [node for node, depth in enumerate(depths) if num_output + depth < min_tokens]
+
+
+def target_laws(logits: Tensor, filters: RowFilters) -> Tensor:
+    """Make p, the law the user asked for, from the target's logits.
+
+    logits   [rows, vocab] of any float dtype, on any device; left as they are
+    returns  [rows, vocab] float32, rows sum to 1; a row depends on nothing but its own logits and
+             filters, to the last bit
+    law      softmax, after: banned tokens; temperature; min_p; top_k; top_p. As vLLM's, except
+             that tokens tied with the last one kept are kept too (vLLM: in top_k only). Greedy
+             rows: all mass on the likeliest token, the lowest id among equals
+    cost     one softmax, and one O(vocab) pass or two for each filter that some row asks for
+    """
+    scores = _allowed(logits, filters)
+    greedy = filters.greedy
+    if greedy is None:
+        return torch.softmax(_filtered(scores, filters), -1)
+    likeliest = _argmax(scores)[greedy]
+    if len(greedy) == len(scores):
+        return torch.zeros_like(scores).scatter_(1, likeliest[:, None], 1.0)
+    p = torch.softmax(_filtered(scores, filters), -1)
+    p[greedy] = 0.0
+    p[greedy, likeliest] = 1.0
+    return p
+
+
+def greedy_picks(logits: Tensor, filters: RowFilters) -> Tensor:
+    """The likeliest token of each row that is not banned, the lowest id among equals.
+
+    logits   [rows, vocab]; rows that are not greedy are treated as if they were
+    returns  [rows] int64: `target_laws` of greedy rows without writing out their laws
+    """
+    return _argmax(_allowed(logits, filters))
+
+
+def _allowed(logits: Tensor, filters: RowFilters) -> Tensor:
+    assert logits.shape[0] == filters.num_rows
+    scores = logits.float()
+    if filters.banned is not None:
+        scores = scores.index_put(filters.banned, scores.new_full((), -math.inf))
+    return scores
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """[rows, vocab] -> [rows] int64, the first among equals."""
+    if scores.device.type == "cpu":  # ten times faster than torch's
+        return torch.from_numpy(scores.detach().numpy().argmax(-1))
+    return scores.argmax(-1)
+
+
+def _filtered(scores: Tensor, filters: RowFilters) -> Tensor:
+    """Logits over temperature, -inf where a filter drops the token.
+
+    Filters are thresholds, so that nothing depends on the order in which a sort leaves equals.
+    """
+    if filters.temperature is not None:
+        if min(filters.temperatures) < _COLD:
+            cold = filters.temperature < _COLD
+            scores = scores - torch.where(cold, scores.amax(-1, keepdim=True), 0.0)
+        scores = scores / filters.temperature
+    if filters.min_p is not None:
+        least = scores.amax(-1, keepdim=True) + filters.min_p
+        scores = scores.masked_fill(scores < least, -math.inf)
+    if filters.top_k is not None:
+        widest = max((k for k in filters.top_ks if k < scores.shape[-1]), default=0)
+        if widest > 0:
+            top = scores.topk(widest, -1).values
+            least = top.gather(-1, (filters.top_k - 1).clamp(max=widest - 1))
+            least = least.masked_fill(filters.top_k > widest, -math.inf)
+            scores = scores.masked_fill(scores < least, -math.inf)
+    if filters.top_p is not None:
+        p = torch.softmax(scores, -1)
+        scores = scores.masked_fill(p < _nucleus_floor(p, filters.top_p), -math.inf)
+    return scores
+
+
+def _nucleus_floor(p: Tensor, mass: Tensor) -> Tensor:
+    """The probability of the last token of the smallest set that reaches the mass.
+
+    p        [rows, vocab] float32
+    mass     [rows, 1] int64 in units of 2^-40; above 2^40: the row keeps all its tokens
+    returns  [rows, 1] float32, 0 where all tokens are kept
+    cost     a top-64 of the rows that ask, widened eightfold for those that need more
+    """
+    floor = torch.zeros_like(p[:, :1])
+    rows = (mass[:, 0] <= _UNITS).nonzero()[:, 0]
+    num_candidates, vocab = _FIRST_CANDIDATES, p.shape[-1]
+    while len(rows):
+        top = p[rows].topk(min(num_candidates, vocab), -1).values
+        reached = (top * float(_UNITS)).long().cumsum(-1) >= mass[rows]
+        last = reached.int().argmax(-1, keepdim=True)
+        done = reached[:, -1]
+        floor[rows[done]] = top.gather(-1, last)[done]
+        if num_candidates >= vocab:
+            break  # rounding left the mass short of what was asked: all tokens are needed
+        rows, num_candidates = rows[~done], num_candidates * 8
+    return floor
+
+
+# --- seeded requests ------------------------------------------------------------------------------
+
+
+def gumbel_noise(seed: int, sample: int, position: int, vocab: int) -> Floats:
+    """The noise that decides a seeded request's token at one position.
+
+    sample    which of the request's n continuations
+    position  of the token in prompt + output
+    returns   [vocab] float32, independent standard Gumbel values, the same in every run
+    source    counter-based: Philox keyed by (seed, sample), counter from the position (numpy's
+              stream; seeds that agree modulo 2^64 share it)
+    cost      about 12 ns per token of the vocabulary
+    """
+    bits = np.random.Philox(key=_key(seed, sample), counter=[0, position, 0, 0])
+    waiting = np.random.Generator(bits).standard_exponential(vocab).astype(np.float32)
+    np.maximum(waiting, np.finfo(np.float32).tiny, out=waiting)
+    noise: Floats = np.negative(np.log(waiting, out=waiting), out=waiting)
+    return noise
+
+
+def seeded_pick(p: Tensor, noise: Tensor) -> Tensor:
+    """The token that the noise draws from p: argmax of log p + noise.
+
+    p        [..., vocab] float32; need not be normalised
+    noise    [..., vocab] float32 of `gumbel_noise`
+    returns  [...] int64; never a token whose probability is 0
+    law      exactly p over the noise; the same token for the same p and noise
+    """
+    return (p.log() + noise).argmax(-1)
+
+
+class SeededNoise:
+    """One seeded continuation's noise, kept while positions come back from step to step."""
+
+    def __init__(self, seed: int, sample: int, vocab: int) -> None:
+        self._of = (seed, sample, vocab)
+        self._rows: dict[int, Floats] = {}
+
+    def row(self, position: int) -> Floats:
+        """The noise of one position: [vocab] float32, not to be written to."""
+        row = self._rows.get(position)
+        if row is None:
+            seed, sample, vocab = self._of
+            row = self._rows[position] = gumbel_noise(seed, sample, position, vocab)
+        return row
+
+    def forget(self, before: int) -> None:
+        """Drop the positions before this one: they are committed."""
+        self._rows = {position: row for position, row in self._rows.items() if position >= before}
+
+
+# --- unseeded requests ----------------------------------------------------------------------------
+
+
+def request_generator(seed: int, request_number: int) -> np.random.Generator:
+    """An unseeded request's own randomness: independent of how requests share a batch.
+
+    seed            of the engine
+    request_number  in the order of arrival
+    """
+    bits = np.random.Philox(key=_key(seed, request_number), counter=[0, 0, 0, 1])
+    return np.random.Generator(bits)
+
+
+def _key(seed: int, number: int) -> npt.NDArray[np.uint64]:
+    return np.array([seed % 2**64, number % 2**64], np.uint64)
+
+
+def coin(probability: float, rng: np.random.Generator) -> bool:
+    """True with the given probability; always at 1, never at 0."""
+    return bool(rng.random() < probability)
+
+
+def draw(law: Floats, rng: np.random.Generator) -> int:
+    """Draw a token.
+
+    law     [vocab], not negative, not all 0; need not be normalised
+    raises  LawError if the law has no mass
+    result  follows law / sum(law): a block by its sum, then a token of it; never one of
+            probability 0
+    cost    one pass over the law (10 µs at a vocabulary of 4096, 35 µs at 128k)
+    """
+    if len(law) <= _BLOCK:
+        return _search(law, rng.random())
+    starts = np.arange(0, len(law), _BLOCK)
+    start = int(starts[_search(np.add.reduceat(law, starts), rng.random())])
+    return start + _search(law[start : start + _BLOCK], rng.random())
+
+
+def _search(weights: Floats, u: float) -> int:
+    """The index at which the cumulative weights pass the share u of their sum."""
+    below = weights.cumsum(dtype=np.float64)
+    index = int(below.searchsorted(u * below[-1], side="right"))
+    if index == len(weights):  # the product rounded up to the whole mass, or there is none
+        support = np.flatnonzero(weights)
+        if not len(support):
+            raise LawError("a token cannot be drawn from a law without mass")
+        index = int(support[-1])
+    return index
+
+
+def draw_without_replacement(
+    q: Floats, k: int, rng: np.random.Generator, seen: Iterable[int] = ()
+) -> list[int]:
+    """Draw up to k distinct tokens one after the other, each from what is left of q.
+
+    seen     tokens that cannot be drawn
+    returns  fewer than k tokens where nothing is left
+    law      token j follows q on the tokens not yet seen, renormalised
+    """
+    tokens: list[int] = []
+    rest = q.copy()
+    rest[list(seen)] = 0.0
+    while len(tokens) < k and rest.any():
+        tokens.append(draw(rest, rng))
+        rest[tokens[-1]] = 0.0
+    return tokens
+
+
+def top_k_tokens(q: Floats, k: int) -> list[int]:
+    """The k likeliest tokens, likeliest first, the lowest id first among equals.
+
+    Never one of probability 0, so there may be fewer.
+    """
+    if k == 1:
+        best = int(q.argmax())
+        return [best] if q[best] > 0 else []
+    least = np.partition(q, -k)[-k] if k < len(q) else 0.0
+    tokens = np.flatnonzero((q >= least) & (q > 0))
+    order = np.argsort(-q[tokens], kind="stable")[:k]
+    return [int(token) for token in tokens[order]]
+
+
+# --- growing a tree -------------------------------------------------------------------------------
+
+
+def add_iid(
+    tree: TokenTree,
+    parent: int,
+    rows: Floats,
+    row: int,
+    k: int,
+    rng: np.random.Generator,
+    *,
+    source: int = 0,
+) -> list[int]:
+    """Add k slots under a node, drawn independently from one law; equal tokens share a node.
+
+    rows     [*, vocab], rows sum to 1: the drafter's laws, recorded by reference
+    row      which of them
+    returns  the distinct nodes, in the order drawn
+    """
+    law = Law(rows, row)
+    nodes = (tree.add(parent, draw(rows[row], rng), source=source, law=law) for _ in range(k))
+    return list(dict.fromkeys(nodes))
+
+
+def add_without_replacement(
+    tree: TokenTree,
+    parent: int,
+    rows: Floats,
+    row: int,
+    k: int,
+    rng: np.random.Generator,
+    *,
+    source: int = 0,
+    seen: tuple[int, ...] = (),
+) -> list[int]:
+    """Add up to k slots of distinct tokens under a node, each drawn from what is left of one law.
+
+    rows, row  as in `add_iid`
+    seen       tokens of slots already under this node that must not be drawn again
+    returns    the nodes, in the order drawn; fewer than k where nothing is left
+    """
+    nodes = []
+    for token in draw_without_replacement(rows[row], k, rng, seen):
+        nodes.append(tree.add(parent, token, source=source, law=Law(rows, row, seen)))
+        seen = (*seen, token)
+    return nodes
+
+
+def add_picks(tree: TokenTree, parent: int, tokens: Iterable[int], *, source: int = 0) -> list[int]:
+    """Add a slot per token that was chosen by looking at it: its law is a point mass.
+
+    tokens   chosen without looking at tokens drawn *after* them under the same node
+    returns  the nodes, in the order given
+    """
+    return [tree.add(parent, int(token), source=source, law=PICK) for token in tokens]

@@ -1,0 +1,290 @@
+"""The enumeration oracle: every outcome of every draw and coin, weighed by its probability.
+
+The production functions run as they are; only `draw` and `coin` are replaced. A run is replayed
+once per leaf of its tree of choices:
+
+    draw: token 0 ──── coin: True  ──── (0.7 · 0.4, result)
+                └───── coin: False ──── (0.7 · 0.6, result)
+    draw: token 2 ───────────────────── (0.3, result)
+
+What comes out is the law itself, not a sample of it: a wrong rule shows as a number, not as a
+doubtful p-value.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from specinfer import sampling, verify
+from specinfer.tree import TokenTree, union
+from specinfer.verify import Verdict
+
+Tokens = tuple[int, ...]
+Grow = Callable[[Any], TokenTree]
+Verify = Callable[[TokenTree, Any, Any], Verdict]
+
+IMPOSSIBLE = 1e-14
+"""Choices rarer than this are rounding; what they lose shows in the total mass."""
+
+ROOT = 0
+
+
+# --- chance, enumerated ---------------------------------------------------------------------------
+
+
+class Chance:
+    """Stands in for a generator: replays the choices it is given, then takes the first of each."""
+
+    def __init__(self, given: Sequence[int] = ()) -> None:
+        self.given = given
+        self.taken: list[int] = []
+        self.others: list[list[int]] = []  # runs that branch off from this one
+        self.probability = 1.0
+
+    def choose(self, weights: Sequence[float]) -> int:
+        """An index, each with its weight; the weights sum to 1."""
+        step = len(self.taken)
+        if step < len(self.given):
+            choice = self.given[step]
+        else:
+            choice, *others = (i for i, weight in enumerate(weights) if weight > IMPOSSIBLE)
+            self.others += [[*self.taken, other] for other in others]
+        self.taken.append(choice)
+        self.probability *= weights[choice]
+        return choice
+
+    def draw(self, law: Any) -> int:
+        assert (law >= 0).all(), "a law has no negative entries"
+        return self.choose((law / law.sum()).tolist())
+
+    def coin(self, probability: float) -> bool:
+        head = min(1.0, max(0.0, probability))
+        return self.choose([head, 1 - head]) == 0
+
+    def permutation(self, items: Sequence[int]) -> Any:
+        orders = sorted(set(itertools.permutations(items)))
+        return np.array(orders[self.choose([1 / len(orders)] * len(orders))])
+
+
+class Uniform:
+    """Stands in for a generator that always returns one number."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def random(self) -> float:
+        return self.value
+
+
+ALMOST_ONE = 1 - 2**-53
+"""The largest number a generator returns: refuses every coin that is not certain."""
+
+
+def outcomes(run: Callable[[Any], Any]) -> Iterator[tuple[float, Any]]:
+    """Each way in which `run` can go: (probability, what it returned)."""
+    pending: list[list[int]] = [[]]
+    while pending:
+        chance = Chance(pending.pop())
+        result = run(chance)
+        pending += chance.others
+        yield chance.probability, result
+
+
+def enumerate_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the production code's draws and coins branch where their generator is a `Chance`."""
+    draw, coin = sampling.draw, sampling.coin
+    for module in (sampling, verify):
+        monkeypatch.setattr(
+            module,
+            "draw",
+            lambda law, rng: rng.draw(law) if isinstance(rng, Chance) else draw(law, rng),
+        )
+        monkeypatch.setattr(
+            module, "coin", lambda a, rng: rng.coin(a) if isinstance(rng, Chance) else coin(a, rng)
+        )
+
+
+# --- toy models -----------------------------------------------------------------------------------
+
+KINDS = ("dense", "zeros", "ties", "one-hot target", "one-hot drafter", "disjoint", "equal")
+
+
+class Toy:
+    """A language model: a float64 law for each context, fixed by a seed."""
+
+    def __init__(self, seed: int, vocab: int, shape: Callable[[Any], Any]) -> None:
+        self.seed, self.vocab, self.shape = seed, vocab, shape
+        self.laws: dict[Tokens, Any] = {}
+
+    def law(self, context: Tokens) -> Any:
+        """[vocab] float64: what follows this context."""
+        if context not in self.laws:
+            law = self.shape(np.random.default_rng([self.seed, *context]))
+            self.laws[context] = law / law.sum()
+        return self.laws[context]
+
+
+def toys(kind: str, seed: int, vocab: int) -> tuple[Toy, Toy, Toy]:
+    """A target and two drafters whose laws meet in the way the kind says."""
+
+    def dense(rng: Any) -> Any:
+        return rng.dirichlet([0.8] * vocab) + 1e-3
+
+    def zeros(rng: Any) -> Any:
+        law = dense(rng) * (rng.random(vocab) < 0.6)
+        law[rng.integers(vocab)] += 0.2
+        return law
+
+    def ties(rng: Any) -> Any:
+        return rng.integers(1, 3, vocab).astype(float)
+
+    def one_hot(rng: Any) -> Any:
+        return np.eye(vocab)[rng.integers(vocab)]
+
+    def low(rng: Any) -> Any:
+        return dense(rng) * (np.arange(vocab) < vocab // 2)
+
+    def high(rng: Any) -> Any:
+        return dense(rng) * (np.arange(vocab) >= vocab // 2)
+
+    target, first, second = {
+        "dense": (dense, dense, dense),
+        "zeros": (zeros, zeros, zeros),
+        "ties": (ties, ties, ties),
+        "one-hot target": (one_hot, dense, zeros),
+        "one-hot drafter": (dense, one_hot, one_hot),
+        "disjoint": (low, high, dense),
+        "equal": (dense, dense, zeros),
+    }[kind]
+    drafter_seed = seed if kind == "equal" else seed + 1
+    return (
+        Toy(seed, vocab, target),
+        Toy(drafter_seed, vocab, first),
+        Toy(seed + 2, vocab, second),
+    )
+
+
+def context(tree: TokenTree, node: int) -> Tokens:
+    """The tokens from the root's child down to a node."""
+    return tuple(tree.tokens[each] for each in tree.path(node))
+
+
+def target_rows(target: Toy, tree: TokenTree) -> Any:
+    """p [nodes, vocab] float64."""
+    return np.array([target.law(context(tree, node)) for node in range(len(tree))])
+
+
+# --- growing --------------------------------------------------------------------------------------
+
+DRAWS = ("iid", "without-replacement", "pick", "pick, then draw", "draw, then pick")
+
+
+def add_children(
+    tree: TokenTree, node: int, q: Any, k: int, draw: str, rng: Any, source: int
+) -> None:
+    """Add k slots under a node, by the production functions."""
+    rows = q[None]
+    if draw == "iid":
+        sampling.add_iid(tree, node, rows, 0, k, rng, source=source)
+    elif draw == "without-replacement":
+        sampling.add_without_replacement(tree, node, rows, 0, k, rng, source=source)
+    elif draw == "pick":
+        sampling.add_picks(tree, node, sampling.top_k_tokens(q, k), source=source)
+    elif draw == "pick, then draw":
+        picked = sampling.top_k_tokens(q, 1)
+        sampling.add_picks(tree, node, picked, source=source)
+        sampling.add_without_replacement(
+            tree, node, rows, 0, k - 1, rng, source=source, seen=tuple(picked)
+        )
+    else:
+        assert draw == "draw, then pick"
+        sampling.add_iid(tree, node, rows, 0, k - 1, rng, source=source)
+        drawn = {tree.tokens[child] for child in tree.children(node)}
+        rest = [token for token in sampling.top_k_tokens(q, len(q)) if token not in drawn]
+        sampling.add_picks(tree, node, rest[:1], source=source)
+
+
+AddChildren = Callable[[TokenTree, int, Any, int, Any], None]
+
+
+def fixed(drafter: Toy, widths: Sequence[int], draw: str | AddChildren, source: int = 0) -> Grow:
+    """A drafter's tree of a fixed shape; `draw` names a way to draw or is one."""
+
+    def grow(rng: Any) -> TokenTree:
+        tree = TokenTree(ROOT)
+        node = 0
+        while node < len(tree):
+            depth = tree.depths[node]
+            if depth < len(widths):
+                q = drafter.law(context(tree, node))
+                if callable(draw):
+                    draw(tree, node, q, widths[depth], rng)
+                else:
+                    add_children(tree, node, q, widths[depth], draw, rng, source)
+            node += 1
+        return tree
+
+    return grow
+
+
+def merged(*grows: Grow) -> Grow:
+    """Several drafters' trees, each drawn on its own, as one."""
+    return lambda rng: union([grow(rng) for grow in grows], rng)[0]
+
+
+# --- the laws compared ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What verification does to the law of the next tokens.
+
+    deviation  total variation between the law of the next tokens and the target's
+    mass       of all outcomes; 1 if every run ends
+    accepted   mean length of the accepted path
+    forecast   mean of the sum of the accept probabilities in `examined`
+    """
+
+    deviation: float
+    mass: float
+    accepted: float
+    forecast: float
+
+
+def measure(target: Toy, grow: Grow, verify: Verify, length: int) -> Outcome:
+    """The exact law of the next `length` tokens: what verification emits, then the target's own."""
+    emitted: dict[Tokens, float] = defaultdict(float)
+    accepted = forecast = 0.0
+    for drafted, tree in outcomes(grow):
+        p = target_rows(target, tree)
+        for verified, verdict in outcomes(lambda rng, p=p, tree=tree: verify(tree, p, rng)):
+            probability = drafted * verified
+            tokens = context(tree, verdict.path[-1] if verdict.path else 0)
+            assert len(tokens) == len(verdict.path)
+            emitted[*tokens, verdict.next_token] += probability
+            accepted += probability * len(tokens)
+            forecast += probability * sum(ratio for _, ratio in verdict.examined)
+    law = continued(emitted, target, length)
+    truth = continued({(): 1.0}, target, length)
+    deviation = sum(abs(law.get(key, 0.0) - truth.get(key, 0.0)) for key in law | truth) / 2
+    return Outcome(deviation, sum(emitted.values()), accepted, forecast)
+
+
+def continued(law: dict[Tokens, float], target: Toy, length: int) -> dict[Tokens, float]:
+    """Go on from each emitted text with the target alone, up to a length."""
+    done: dict[Tokens, float] = defaultdict(float)
+    pending = list(law.items())
+    while pending:
+        tokens, probability = pending.pop()
+        if len(tokens) == length:
+            done[tokens] += probability
+            continue
+        for token, share in enumerate(target.law(tokens).tolist()):
+            if share > 0:
+                pending.append(((*tokens, token), probability * share))
+    return done
