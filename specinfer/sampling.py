@@ -47,6 +47,7 @@ class RowFilters:
     min_p        [rows, 1] float32, the logarithm of min_p
     top_k        [rows, 1] int64; the whole vocabulary (or more) keeps all
     top_p        [rows, 1] int64, the mass to reach in units of 2^-40
+    temperatures, top_ks  once per run, on the host
     """
 
     num_rows: int
@@ -56,8 +57,8 @@ class RowFilters:
     min_p: Tensor | None = None
     top_k: Tensor | None = None
     top_p: Tensor | None = None
-    smallest_temperature: float = 1.0
-    largest_top_k: int = 0
+    temperatures: tuple[float, ...] = ()
+    top_ks: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -107,8 +108,8 @@ class RowFilters:
             top_p=column([math.ceil(x * _UNITS) if x < 1 else 2 * _UNITS for x in top_ps], np.int64)
             if any(x < 1 for x in top_ps)
             else None,
-            smallest_temperature=min(temperatures, default=1.0),
-            largest_top_k=max(top_ks, default=0),
+            temperatures=tuple(temperatures),
+            top_ks=tuple(top_ks),
         )
 
 
@@ -158,34 +159,37 @@ def _allowed(logits: Tensor, filters: RowFilters) -> Tensor:
     assert logits.shape[0] == filters.num_rows
     scores = logits.float()
     if filters.banned is not None:
-        scores = scores.index_put(filters.banned, scores.new_tensor(-math.inf))
+        scores = scores.index_put(filters.banned, scores.new_full((), -math.inf))
     return scores
 
 
 def _argmax(scores: Tensor) -> Tensor:
-    """[rows, vocab] -> [rows], the first among equals; numpy's is 10 times faster than torch's on
-    a CPU."""
-    if scores.device.type == "cpu":
+    """[rows, vocab] -> [rows] int64, the first among equals."""
+    if scores.device.type == "cpu":  # ten times faster than torch's
         return torch.from_numpy(scores.detach().numpy().argmax(-1))
     return scores.argmax(-1)
 
 
 def _filtered(scores: Tensor, filters: RowFilters) -> Tensor:
-    """Logits over temperature, -inf where a filter drops the token. Thresholds only, so that no
-    result depends on the order in which a sort leaves equal values."""
+    """Logits over temperature, -inf where a filter drops the token.
+
+    Filters are thresholds, so that nothing depends on the order in which a sort leaves equals.
+    """
     if filters.temperature is not None:
-        if filters.smallest_temperature < _COLD:
+        if min(filters.temperatures) < _COLD:
             cold = filters.temperature < _COLD
             scores = scores - torch.where(cold, scores.amax(-1, keepdim=True), 0.0)
         scores = scores / filters.temperature
     if filters.min_p is not None:
         least = scores.amax(-1, keepdim=True) + filters.min_p
         scores = scores.masked_fill(scores < least, -math.inf)
-    if filters.top_k is not None and filters.largest_top_k < scores.shape[-1]:
-        top = scores.topk(filters.largest_top_k, -1).values
-        least = top.gather(-1, (filters.top_k - 1).clamp(max=filters.largest_top_k - 1))
-        least = least.masked_fill(filters.top_k > filters.largest_top_k, -math.inf)
-        scores = scores.masked_fill(scores < least, -math.inf)
+    if filters.top_k is not None:
+        widest = max((k for k in filters.top_ks if k < scores.shape[-1]), default=0)
+        if widest > 0:
+            top = scores.topk(widest, -1).values
+            least = top.gather(-1, (filters.top_k - 1).clamp(max=widest - 1))
+            least = least.masked_fill(filters.top_k > widest, -math.inf)
+            scores = scores.masked_fill(scores < least, -math.inf)
     if filters.top_p is not None:
         p = torch.softmax(scores, -1)
         scores = scores.masked_fill(p < _nucleus_floor(p, filters.top_p), -math.inf)
@@ -335,8 +339,10 @@ def draw_without_replacement(
 
 
 def top_k_tokens(q: Floats, k: int) -> list[int]:
-    """The k likeliest tokens, likeliest first, the lowest id first among equals; never one of
-    probability 0."""
+    """The k likeliest tokens, likeliest first, the lowest id first among equals.
+
+    Never one of probability 0, so there may be fewer.
+    """
     if k == 1:
         best = int(q.argmax())
         return [best] if q[best] > 0 else []

@@ -1,4 +1,4 @@
-"""The token tree: what the drafters proposed for one request, as nodes and slots.
+r"""The token tree: what the drafters proposed for one request, as nodes and slots.
 
 A *node* is unique per (parent, token): one position, one K and V. A *slot* is one proposal of a
 node: who proposed it, in which order, and from which law its token was really drawn. Several slots

@@ -236,10 +236,15 @@ def require_lawful(tree: TokenTree, verifier: str, vocab: int) -> None:
                     f"{verifier} needs the law of each slot and slot {slot_id} has none: "
                     'record it, or use verifier="match"'
                 )
-            if not 0 <= token < vocab or not (law.is_pick or law.rows.shape[-1] == vocab):
+            if not 0 <= token < vocab:
                 raise LawError(
-                    f"slot {slot_id} (token {token}) has a law over {law.rows.shape[-1]} tokens "
-                    f"and the target's has {vocab}: pad the drafter's law"
+                    f"slot {slot_id} carries token {token}, which the target's vocabulary of "
+                    f"{vocab} does not have: drop it while drafting"
+                )
+            if not law.is_pick and law.rows.shape[-1] != vocab:
+                raise LawError(
+                    f"slot {slot_id} has a law over {law.rows.shape[-1]} tokens and the target's "
+                    f"has {vocab}: cut or pad the drafter's laws"
                 )
             if not law.is_pick and (token in law.seen or not law.rows[law.row, token] > 0):
                 raise LawError(

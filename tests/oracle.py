@@ -71,6 +71,20 @@ class Chance:
         return np.array(orders[self.choose([1 / len(orders)] * len(orders))])
 
 
+class Uniform:
+    """Stands in for a generator that always returns one number."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def random(self) -> float:
+        return self.value
+
+
+ALMOST_ONE = 1 - 2**-53
+"""The largest number a generator returns: refuses every coin that is not certain."""
+
+
 def outcomes(run: Callable[[Any], Any]) -> Iterator[tuple[float, Any]]:
     """Each way in which `run` can go: (probability, what it returned)."""
     pending: list[list[int]] = [[]]
@@ -86,7 +100,9 @@ def enumerate_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     draw, coin = sampling.draw, sampling.coin
     for module in (sampling, verify):
         monkeypatch.setattr(
-            module, "draw", lambda law, rng: rng.draw(law) if isinstance(rng, Chance) else draw(law, rng)
+            module,
+            "draw",
+            lambda law, rng: rng.draw(law) if isinstance(rng, Chance) else draw(law, rng),
         )
         monkeypatch.setattr(
             module, "coin", lambda a, rng: rng.coin(a) if isinstance(rng, Chance) else coin(a, rng)
@@ -168,7 +184,9 @@ def target_rows(target: Toy, tree: TokenTree) -> Any:
 DRAWS = ("iid", "without-replacement", "pick", "pick, then draw", "draw, then pick")
 
 
-def add_children(tree: TokenTree, node: int, q: Any, k: int, draw: str, rng: Any, source: int) -> None:
+def add_children(
+    tree: TokenTree, node: int, q: Any, k: int, draw: str, rng: Any, source: int
+) -> None:
     """Add k slots under a node, by the production functions."""
     rows = q[None]
     if draw == "iid":

@@ -1,5 +1,6 @@
 """The law of verification, by enumeration: exact where it must be, and the oracle is not blind."""
 
+import itertools
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oracle import (
-    DRAWS,
-    KINDS,
-    Toy,
-    enumerate_chance,
-    fixed,
-    measure,
-    merged,
-    outcomes,
-    target_rows,
-    toys,
-)
 from specinfer import sampling, verify
 from specinfer.errors import LawError
 from specinfer.request import SamplingParams
@@ -34,6 +23,21 @@ from specinfer.verify import (
     verify_match,
     verify_topdown,
     verify_traversal,
+)
+from tests.oracle import (
+    ALMOST_ONE,
+    DRAWS,
+    KINDS,
+    Toy,
+    Uniform,
+    context,
+    enumerate_chance,
+    fixed,
+    measure,
+    merged,
+    outcomes,
+    target_rows,
+    toys,
 )
 
 EXACT = 1e-9
@@ -100,10 +104,49 @@ def test_two_drafters_are_exact(kind: str, draws: tuple[str, str], verifier: Any
 @pytest.mark.parametrize("verifier", LAW_VERIFIERS)
 def test_two_branching_drafters_are_exact(verifier: Any) -> None:
     target, first, second = toys("zeros", 5, vocab=3)
-    grow = merged(
-        fixed(first, (2, 1), "without-replacement"), fixed(second, (2,), "iid", source=1)
-    )
+    grow = merged(fixed(first, (2, 1), "without-replacement"), fixed(second, (2,), "iid", source=1))
     assert_exact(target, grow, verifier, 3)
+
+
+@pytest.mark.parametrize("verifier", LAW_VERIFIERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_drafters_on_one_tree_are_exact(kind: str, verifier: Any) -> None:
+    """The second draws from what the first has left unseen."""
+    target, first, second = toys(kind, 3, vocab=3)
+
+    def in_turn(tree: TokenTree, node: int, q: Any, k: int, rng: Any) -> None:
+        for source, law in enumerate((q, second.law(context(tree, node)))):
+            seen = tuple(tree.tokens[child] for child in tree.children(node))
+            sampling.add_without_replacement(
+                tree, node, law[None], 0, k, rng, source=source, seen=seen
+            )
+
+    assert_exact(target, fixed(first, (1, 1), in_turn), verifier, 3)
+    assert_exact(target, fixed(first, (2,), in_turn), verifier, 2)
+
+
+@pytest.mark.parametrize("verifier", LAW_VERIFIERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_looking_at_other_tokens_is_exact(kind: str, verifier: Any) -> None:
+    """A budget may be shared: whether a slot exists may depend on q, on its ancestors, on earlier
+    siblings and what hangs below them, and on tokens elsewhere; not on its own token."""
+
+    def grow(rng: Any) -> TokenTree:
+        tree = TokenTree(0)
+        root = drafter.law(())
+        if root.max() < 0.4:  # too unsure: stop before drawing
+            return tree
+        one, two = (sampling.add_iid(tree, 0, root[None], 0, 1, rng)[0] for _ in range(2))
+        if root[tree.tokens[two]] > 0.3:  # below the first, by the second's token
+            q = drafter.law(context(tree, one))
+            (below,) = sampling.add_iid(tree, one, q[None], 0, 1, rng)
+            if q[tree.tokens[below]] > 0.3:  # beside the first, by what hangs below it
+                sampling.add_iid(tree, 0, root[None], 0, 1, rng)
+        return tree
+
+    for seed in range(3):
+        target, drafter, _ = toys(kind, 10 * seed, vocab=3)
+        assert_exact(target, grow, verifier, 3)
 
 
 def test_greedy_emits_the_greedy_text() -> None:
@@ -137,7 +180,7 @@ def worst(draw: Any, verifier: Any, widths: tuple[int, ...] = (2,), kind: str = 
     """The largest shift of the law over a few models."""
     shifts = []
     for seed in range(6):
-        target, drafter, _ = toys(kind, 10 * seed, vocab=3)
+        target, drafter, _ = toys(kind, 10 * seed, vocab=4)
         outcome = measure(target, fixed(drafter, widths, draw), verifier, len(widths) + 1)
         assert abs(outcome.mass - 1) < 0.1
         shifts.append(outcome.deviation)
@@ -177,10 +220,10 @@ def full_q_recorded(tree: TokenTree, node: int, q: Any, k: int, rng: Any) -> Non
 
 
 def size_by_looking(tree: TokenTree, node: int, q: Any, k: int, rng: Any) -> None:
-    tokens = sampling.draw_without_replacement(q, k, rng)
-    size = k if sum(q[token] for token in tokens) > 0.7 else 1
-    for order, token in enumerate(tokens[:size]):
-        tree.add(node, token, law=Law(q[None], 0, tuple(tokens[:order])))
+    tokens = [sampling.draw(q, rng) for _ in range(k)]
+    size = k if sum(q[token] for token in tokens) > k / 3 else 1
+    for token in tokens[:size]:
+        tree.add(node, token, law=Law(q[None], 0))
 
 
 def pick_by_a_later_sibling(tree: TokenTree, node: int, q: Any, k: int, rng: Any) -> None:
@@ -246,7 +289,11 @@ def mutant(name: str, old: str, new: str) -> Any:
         ("verify_traversal", "residual.subtract(w, token, law)", "w"),
         ("verify_traversal", "w = rest / (rest + (1.0 - w))", "pass"),
         ("verify_traversal", "min(1.0, w * ratio)", "min(1.0, ratio)"),
-        ("verify_traversal", "elif w < 1.0:\n                return None", "elif w < 0:\n                pass"),
+        (
+            "verify_traversal",
+            "elif w < 1.0:\n                return None",
+            "elif w < 0:\n                pass",
+        ),
     ],
 )
 def test_a_broken_rule_shows(name: str, old: str, new: str) -> None:
@@ -381,7 +428,7 @@ Q = np.array([[0.5, 0.5, 0.0]], np.float32)
         ([(0, None)], "has none"),
         ([(2, Law(Q, 0))], "cannot draw"),
         ([(0, Law(Q, 0)), (0, Law(Q, 0, (0,)))], "cannot draw"),
-        ([(0, Law(Q[:, :2], 0))], "pad"),
+        ([(0, Law(Q[:, :2], 0))], "over 2 tokens"),
         ([(5, PICK)], "token 5"),
         ([(0, Law(Q, 0, (1,))), (1, Law(Q, 0))], "no earlier sibling"),
     ],
@@ -424,8 +471,8 @@ def test_float32_laws_hold_up(
     tree = fixed(drafter, (2, 3, 1), draw)(rng)
     p = target_rows(target, tree)
     assert p.dtype == np.float32
-    for verifier in SAMPLING_VERIFIERS:
-        verdict = verifier(tree, p, rng)
+    for verifier, chance in itertools.product(SAMPLING_VERIFIERS, (rng, Uniform(ALMOST_ONE))):
+        verdict = verifier(tree, p, chance)  # type: ignore[operator]
         nodes = [0, *verdict.path]
         assert [tree.parents[node] for node in nodes[1:]] == nodes[:-1]
         emitted = [*(tree.tokens[node] for node in nodes[1:]), verdict.next_token]
@@ -441,3 +488,46 @@ def test_a_drafter_equal_to_the_target_is_always_accepted() -> None:
             sampling.add_iid(tree, depth, rows, depth, 1, rng)
         for verifier in LAW_VERIFIERS:
             assert len(verifier(tree, rows, rng).path) == 7
+
+
+@pytest.mark.parametrize("verifier", LAW_VERIFIERS)
+def test_an_impossible_rejection_accepts(verifier: Any) -> None:
+    p = np.array([[0.5, 0.5], [1.0, 0.0]])
+    q = p[:1] + np.array(
+        [1e-14, -1e-14]
+    )  # M[0] / π[0] is just below 1, and nothing is left of M - π
+    tree = TokenTree(0)
+    tree.add(0, 0, law=Law(q, 0))
+    assert verifier(tree, p, Uniform(ALMOST_ONE)).path == [1]
+
+
+@pytest.mark.parametrize("verifier", LAW_VERIFIERS)
+def test_rounding_never_accepts_an_impossible_token(verifier: Any) -> None:
+    p = np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
+    q = p[:1] + np.array(
+        [0.0, -1e-14, 1e-14]
+    )  # the drafter draws token 2, which the target never emits
+    tree = TokenTree(0)
+    tree.add(0, 2, law=Law(q, 0))
+    verdict = verifier(tree, p, Uniform(ALMOST_ONE))
+    assert (verdict.path, verdict.next_token) == ([], 1)
+
+
+@pytest.mark.parametrize("verifier", LAW_VERIFIERS)
+def test_picks_that_use_up_a_float32_law_accept_the_last(verifier: Any) -> None:
+    p = np.array([[0.6, 0.39999995, 0.0]] * 3, np.float32)  # sums to a little less than 1
+    tree = TokenTree(0)
+    tree.add(0, 0)
+    tree.add(0, 1)
+    verdict = verifier(tree, p, Uniform(ALMOST_ONE))
+    assert verdict.path[:1] == [2]
+
+
+@pytest.mark.parametrize("verifier", LAW_VERIFIERS)
+def test_a_picks_small_remainder_is_summed_anew(verifier: Any) -> None:
+    p = np.array([[0.9999999, 3e-8, 1e-8]] * 3, np.float32)  # 1 - M[0] would be all rounding
+    tree = TokenTree(0)
+    tree.add(0, 0)
+    tree.add(0, 1)
+    examined = verifier(tree, p, Uniform(ALMOST_ONE)).examined
+    assert examined[1] == (1, pytest.approx(0.75))
