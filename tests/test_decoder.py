@@ -149,7 +149,7 @@ def test_positions_past_the_first_training(name, tmp_path):
 
 @torch.inference_mode()
 def test_dynamic_scaling_past_its_length_is_decoding_token_by_token(tmp_path):
-    """Beyond the first training transformers depends on how a text is cut; we are its finest cut."""
+    """There transformers depends on how a text is cut into calls; we are its finest cut."""
     config = toy_config(**rope("dynamic")) | {"max_position_embeddings": 16}
     model = save_random(config, tmp_path)
     (tokens,) = random_sequences((40,))
@@ -176,9 +176,7 @@ def test_a_new_decoder_has_random_weights_and_gradients():
     architecture = read_architecture(toy_config("Qwen3ForCausalLM", attention_bias=True))
     decoder, twin = Decoder(architecture, seed=3), Decoder(architecture, seed=3)
     flat_logits(decoder, random_sequences()).logsumexp(-1).sum().backward()
-    for (name, parameter), other in zip(
-        decoder.named_parameters(), twin.parameters(), strict=True
-    ):
+    for (name, parameter), other in zip(decoder.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(parameter, other), name
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name

@@ -30,7 +30,9 @@ def test_blocked_equals_plain(outputs, inputs, rows, bias, dtype):
     for x in strided_inputs(rows, inputs, dtype, generator):
         y = linear(x, blocked, b)
         exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
-        size = F.linear(x.double().abs(), weight.double().abs(), None if b is None else b.double().abs())
+        size = F.linear(
+            x.double().abs(), weight.double().abs(), None if b is None else b.double().abs()
+        )
         assert y.shape == (rows, outputs)
         assert y.dtype == dtype
         assert not y.is_mkldnn

@@ -115,14 +115,18 @@ def _no_windows(config: Config, num_layers: int) -> tuple[int | None, ...]:
     return (None,) * num_layers
 
 
+def _read_window(config: Config) -> int | None:
+    return None if config["sliding_window"] is None else _read_int(config, "sliding_window")
+
+
 def _one_window(config: Config, num_layers: int) -> tuple[int | None, ...]:
     """Mistral: every layer has the same window, and `layer_types` is not read."""
-    return (config["sliding_window"],) * num_layers
+    return (_read_window(config),) * num_layers
 
 
 def _layer_windows(config: Config, num_layers: int) -> tuple[int | None, ...]:
     """Qwen: `layer_types` where given, else the layers from `max_window_layers` on slide."""
-    window = config["sliding_window"] if config.get("use_sliding_window") else None
+    window = _read_window(config) if config.get("use_sliding_window") else None
     kinds = config.get("layer_types")
     if kinds is None:
         first = config["max_window_layers"]
@@ -208,21 +212,20 @@ def read_architecture(config: Config) -> Architecture:
     raises  UnsupportedModelError if the family or one of its features is not computed here
             CheckpointError if a value that has no default is missing
     """
-    names = config.get("architectures") or [None]
-    family = FAMILIES.get(names[0])
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise UnsupportedModelError(
-            f"architecture {names[0]!r} is not supported: use one of {', '.join(FAMILIES)}"
+            f"architecture {name!r} is not supported: use one of {', '.join(FAMILIES)}"
         )
     config = {**family.defaults, **config}
     _refuse_unsupported(config)
-    num_layers, num_heads = (
-        _read_int(config, "num_hidden_layers"),
-        _read_int(config, "num_attention_heads"),
-    )
+    num_layers = _read_int(config, "num_hidden_layers")
+    num_heads = _read_int(config, "num_attention_heads")
     hidden_size = _read_int(config, "hidden_size")
-    head_dim = config.get("head_dim") or hidden_size // num_heads
-    num_kv_heads = config.get("num_key_value_heads") or num_heads
+    head_dim = _read_int(config, "head_dim", hidden_size // num_heads)
+    num_kv_heads = _read_int(config, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads or head_dim % 2:
         raise UnsupportedModelError(
             f"num_attention_heads={num_heads}, num_key_value_heads={num_kv_heads}, "
@@ -231,7 +234,7 @@ def read_architecture(config: Config) -> Architecture:
     attention_bias, output_bias = family.attention_bias(config)
     dtype = config.get("dtype") or config.get("torch_dtype")
     return Architecture(
-        family=names[0],
+        family=str(name),
         vocab_size=_read_int(config, "vocab_size"),
         hidden_size=hidden_size,
         num_layers=num_layers,
@@ -239,7 +242,7 @@ def read_architecture(config: Config) -> Architecture:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=_read_int(config, "intermediate_size"),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=_read_float(config, "rms_norm_eps", 1e-6),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         attention_bias=attention_bias,
         output_bias=output_bias,
@@ -254,11 +257,18 @@ def read_architecture(config: Config) -> Architecture:
     )
 
 
-def _read_int(config: Config, key: str) -> int:
-    value = config.get(key)
+def _read_int(config: Config, key: str, default: int | None = None) -> int:
+    value = default if config.get(key) is None else config[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json has {key}={value!r}: it must be a whole number above 0")
     return value
+
+
+def _read_float(config: Config, key: str, default: float) -> float:
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise CheckpointError(f"config.json has {key}={value!r}: it must be a number")
+    return float(value)
 
 
 def _refuse_unsupported(config: Config) -> None:
@@ -278,6 +288,8 @@ def _refuse_unsupported(config: Config) -> None:
 def _read_rope(config: Config) -> Rope:
     """Both spellings, with the precedence of transformers 5.23."""
     fields = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(fields, Mapping):
+        raise CheckpointError(f"config.json has rope_scaling={fields!r}: it must be an object")
     if any(isinstance(value, Mapping) for value in fields.values()):
         raise UnsupportedModelError(
             "rope_parameters per layer type are not supported: give one set for all layers"
@@ -292,32 +304,32 @@ def _read_rope(config: Config) -> Rope:
         raise UnsupportedModelError(
             f"partial_rotary_factor={partial} is not supported: only whole heads are rotated"
         )
-    theta = float(fields.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    if kind == "default":
-        return Rope(theta=theta)
-    # Dynamic scaling is told by the config's length alone, as in transformers.
-    length = _read_int(config, "max_position_embeddings")
+    theta = _read_float(fields, "rope_theta", _read_float(config, "rope_theta", 10000.0))
+    return Rope(theta=theta) if kind == "default" else _read_stretched(kind, theta, fields, config)
+
+
+def _read_stretched(kind: RopeKind, theta: float, fields: Config, config: Config) -> Rope:
+    length = longest = _read_int(config, "max_position_embeddings")
     if kind in ("llama3", "yarn"):
-        length = config.get("original_max_position_embeddings") or fields.get(
-            "original_max_position_embeddings", length
-        )
-    values = dict(fields)
-    if kind == "yarn" and values.get("factor") is None:
-        values["factor"] = config["max_position_embeddings"] / length
-    needed = ["factor"] + ["low_freq_factor", "high_freq_factor"] * (kind == "llama3")
-    missing = [key for key in needed if values.get(key) is None]
+        # Where both say it, the outer one counts. Dynamic scaling never reads it.
+        length = _read_int(fields, "original_max_position_embeddings", longest)
+        length = _read_int(config, "original_max_position_embeddings", length)
+    if kind == "yarn" and fields.get("factor") is None:
+        fields = {**fields, "factor": longest / length}
+    needed = ["factor", *(["low_freq_factor", "high_freq_factor"] if kind == "llama3" else [])]
+    missing = [key for key in needed if fields.get(key) is None]
     if missing:
         raise CheckpointError(f"config.json has rope_type={kind!r} without {', '.join(missing)}")
-    factor = float(values["factor"])
+    factor = _read_float(fields, "factor", 1.0)
     return Rope(
         kind=kind,
         theta=theta,
         factor=factor,
-        original_length=int(length),
-        low_freq_factor=float(values.get("low_freq_factor") or 1.0),
-        high_freq_factor=float(values.get("high_freq_factor") or 4.0),
-        beta_fast=float(fields.get("beta_fast") or 32.0),
-        beta_slow=float(fields.get("beta_slow") or 1.0),
+        original_length=length,
+        low_freq_factor=_read_float(fields, "low_freq_factor", 1.0),
+        high_freq_factor=_read_float(fields, "high_freq_factor", 4.0),
+        beta_fast=_read_float(fields, "beta_fast", 32.0),
+        beta_slow=_read_float(fields, "beta_slow", 1.0),
         truncate=bool(fields.get("truncate", True)),
         attention_factor=_attention_factor(fields, factor) if kind == "yarn" else 1.0,
     )
@@ -329,10 +341,10 @@ def _attention_factor(fields: Config, factor: float) -> float:
     def strength(scale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
-    given = fields.get("attention_factor")
-    if given is not None:
-        return float(given)
-    scale, scale_all = fields.get("mscale"), fields.get("mscale_all_dim")
+    if fields.get("attention_factor") is not None:
+        return _read_float(fields, "attention_factor", 1.0)
+    scale = _read_float(fields, "mscale", 0.0)
+    scale_all = _read_float(fields, "mscale_all_dim", 0.0)
     if scale and scale_all:
         return strength(scale) / strength(scale_all)
     return strength(1.0)

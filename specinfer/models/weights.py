@@ -23,7 +23,7 @@ from specinfer.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
-from specinfer.models.architecture import FAMILIES, Architecture, read_architecture
+from specinfer.models.architecture import FAMILIES, read_architecture
 from specinfer.models.decoder import Decoder
 from specinfer.models.layers import Linear
 from specinfer.ops.linear import can_pack, has_native
@@ -32,6 +32,8 @@ Progress = Callable[[int, int], None]
 """progress(bytes read so far, bytes in all)"""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""safetensors' word for each."""
 
 TIED_COPY_SHARE = 0.10
 TIED_COPY_BYTES = 16 << 20
@@ -54,7 +56,7 @@ def resolve_model(name: str) -> Path:
     if name.startswith("zoo:"):
         return _resolve_zoo(name.removeprefix("zoo:"))
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ModelNotFoundError(
@@ -94,7 +96,8 @@ def load_decoder(
         raise ModelNotFoundError(f"{path} is no folder: give the folder of a Hugging Face model")
     architecture = read_architecture(read_config(path))
     checkpoint = _Checkpoint(path)
-    kind = _resolve_dtype(dtype, architecture, device)
+    stored = architecture.dtype or next(iter(checkpoint.dtypes.values()), "float32")
+    kind = _resolve_dtype(dtype, stored, device)
     decoder = Decoder(architecture, dtype=kind, device="meta")
     _Loader(checkpoint, decoder, kind, device, blocked and can_pack(kind, device), progress).run()
     return decoder.eval()
@@ -115,11 +118,14 @@ class _Checkpoint:
         self.path = path
         self.shard_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         for shard in self._shards():
             with self._open(shard) as file:
                 for name in file.keys():  # noqa: SIM118, it is no mapping
                     self.shard_of[name] = shard
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                    header = file.get_slice(name)
+                    self.shapes[name] = tuple(header.get_shape())
+                    self.dtypes[name] = _STORED.get(header.get_dtype(), header.get_dtype())
 
     def read(self, name: str) -> Tensor:
         """A view of the mapped file: its pages go when the tensor does."""
@@ -141,7 +147,7 @@ class _Checkpoint:
         index = self.path / _INDEX
         if index.exists():
             named = _read_json(index, "").get("weight_map")
-            if not isinstance(named, dict):
+            if not isinstance(named, dict) or not all(isinstance(v, str) for v in named.values()):
                 raise CheckpointError(f"{index} has no weight_map: download it again")
             shards = [self.path / shard for shard in sorted(set(named.values()))]
             missing = [shard.name for shard in shards if not shard.exists()]
@@ -178,6 +184,7 @@ class _Loader:
         self.checkpoint, self.decoder = checkpoint, decoder
         self.dtype, self.device, self.blocked = dtype, device, blocked
         self.progress = progress
+        self.staging = torch.empty(0)
 
     def run(self) -> None:
         """Read everything, then see that nothing is missing or left over."""
@@ -224,6 +231,11 @@ class _Loader:
                     f"{path}: {part.name} has shape {list(shapes[part.name])} where config.json "
                     f"asks for {list(part.shape)}"
                 )
+            if self.checkpoint.dtypes[part.name] not in DTYPES:
+                raise UnsupportedModelError(
+                    f"{path}: {part.name} has dtype {self.checkpoint.dtypes[part.name]}: "
+                    f"use a checkpoint in one of {', '.join(DTYPES)}"
+                )
         left = [name for name in shapes.keys() - {p.name for p in parts} if not self._known(name)]
         if left:
             raise CheckpointError(
@@ -239,54 +251,56 @@ class _Loader:
         module_name, _, kind = name.rpartition(".")
         module = self.decoder.get_submodule(module_name)
         if self.blocked and isinstance(module, Linear) and kind == "weight":
-            module.pack(self._view(parts))
+            module.pack(self._stage(parts))
         else:
-            weight = self._stack(parts, self.device)
-            setattr(module, kind, nn.Parameter(weight, requires_grad=False))
+            weight = torch.empty(_stacked(parts), dtype=self.dtype, device=self.device)
+            setattr(module, kind, nn.Parameter(self._stack(parts, weight), requires_grad=False))
 
-    def _view(self, parts: tuple[_Part, ...]) -> Tensor:
-        """The parts as one weight, straight from the mapped file where it is one tensor."""
+    def _stage(self, parts: tuple[_Part, ...]) -> Tensor:
+        """The parts as one weight that lives until the next call.
+
+        One tensor comes straight from its mapped file. Others are stacked in a buffer kept from
+        weight to weight: a new one each time would leave holes between the blocked weights, up to
+        a tenth of the model.
+        """
         if len(parts) == 1:
-            tensor = self._read(parts[0])
+            tensor = self.checkpoint.read(parts[0].name)
             if tensor.dtype == self.dtype:
                 return tensor
-        return self._stack(parts, torch.device("cpu"))
+        shape = _stacked(parts)
+        size = math.prod(shape)
+        if not size <= self.staging.numel() < 2 * size:
+            self.staging = torch.empty(0)  # dropped before the next is made
+            self.staging = torch.empty(size, dtype=self.dtype)
+        return self._stack(parts, self.staging[:size].view(shape))
 
-    def _stack(self, parts: tuple[_Part, ...], device: torch.device) -> Tensor:
-        """The parts one below the other, in our own memory: one mapped at a time."""
-        rows = sum(part.shape[0] for part in parts)
-        stacked = torch.empty(rows, *parts[0].shape[1:], dtype=self.dtype, device=device)
+    def _stack(self, parts: tuple[_Part, ...], into: Tensor) -> Tensor:
+        """Copy the parts one below the other, one mapped at a time."""
         start = 0
         for part in parts:
-            stacked[start : start + part.shape[0]].copy_(self._read(part))
+            into[start : start + part.shape[0]].copy_(self.checkpoint.read(part.name))
             start += part.shape[0]
-        return stacked
+        return into
 
-    def _read(self, part: _Part) -> Tensor:
-        tensor = self.checkpoint.read(part.name)
-        if tensor.dtype not in DTYPES.values():
+
+def _stacked(parts: tuple[_Part, ...]) -> tuple[int, ...]:
+    return sum(part.shape[0] for part in parts), *parts[0].shape[1:]
+
+
+def _resolve_dtype(dtype: str | torch.dtype, stored: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        kind = DTYPES.get(stored)
+        if kind is None:
             raise UnsupportedModelError(
-                f"{part.name} has dtype {tensor.dtype}: use a checkpoint in one of "
-                f"{', '.join(DTYPES)}"
+                f"the checkpoint has dtype={stored!r}: set dtype to one of {', '.join(DTYPES)}"
             )
-        return tensor
-
-
-def _resolve_dtype(
-    dtype: str | torch.dtype, architecture: Architecture, device: torch.device
-) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype != "auto":
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype={dtype!r}: use auto or one of {', '.join(DTYPES)}")
-        return DTYPES[dtype]
-    stored = DTYPES.get(architecture.dtype or "float32")
-    if stored is None:
-        raise UnsupportedModelError(
-            f"config.json has dtype={architecture.dtype!r}: set dtype to one of {', '.join(DTYPES)}"
-        )
-    return torch.float32 if stored.itemsize == 2 and not has_native(stored, device) else stored
+        if kind.itemsize == 2 and not has_native(kind, device):
+            return torch.float32
+        return kind
+    kind = DTYPES.get(str(dtype).removeprefix("torch."))
+    if kind is None:
+        raise ConfigError(f"dtype={dtype!r}: use auto or one of {', '.join(DTYPES)}")
+    return kind
 
 
 def _resolve_zoo(name: str) -> Path:

@@ -1,0 +1,101 @@
+"""AsyncLLM: the same text as LLM, aborts that free pages, errors that reach their caller."""
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from specinfer.async_llm import AsyncLLM
+from specinfer.errors import RequestError, SpecInferError
+from specinfer.request import RequestOutput, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[AsyncLLM]:
+    llm = AsyncLLM("zoo:parley", drafters=["zoo:parley-draft"], dtype="float32", max_model_len=256)
+    yield llm
+    llm.close()
+    llm.close()
+
+
+async def last(engine: AsyncLLM, prompt: str, params: SamplingParams) -> RequestOutput:
+    outputs = [output async for output in engine.generate(prompt, params)]
+    lengths = [len(output.outputs[0].token_ids) for output in outputs]
+    assert lengths == sorted(lengths)
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    return outputs[-1]
+
+
+def test_concurrent_requests_get_the_text_they_get_alone(engine: AsyncLLM) -> None:
+    prompts = ["Once upon a time", "I want to book a table", "What is 3 plus 4?"]
+
+    async def together() -> list[RequestOutput]:
+        return await asyncio.gather(*(last(engine, prompt, GREEDY) for prompt in prompts))
+
+    async def alone() -> list[RequestOutput]:
+        return [await last(engine, prompt, GREEDY) for prompt in prompts]
+
+    for one, other in zip(asyncio.run(together()), asyncio.run(alone()), strict=True):
+        assert one.outputs[0].text == other.outputs[0].text
+
+
+def test_abort_ends_the_stream_and_frees_its_pages(engine: AsyncLLM) -> None:
+    async def run() -> RequestOutput:
+        params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+        async for output in engine.generate("Once upon a time", params, request_id="mine"):
+            if len(output.outputs[0].token_ids) < 12:
+                await engine.abort("mine")
+        return output
+
+    output = asyncio.run(run())
+    assert output.outputs[0].finish_reason == "abort"
+    assert len(output.outputs[0].token_ids) < 200
+    assert not engine.llm.engine.has_work
+
+
+def test_leaving_the_loop_aborts(engine: AsyncLLM) -> None:
+    async def run() -> None:
+        params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+        stream = engine.generate("Once upon a time", params)
+        async for _ in stream:
+            break
+        await stream.aclose()
+        await last(engine, "Hello", GREEDY)
+
+    asyncio.run(run())
+    assert not engine.llm.engine.has_work
+
+
+def test_errors_reach_their_caller_and_no_one_else(engine: AsyncLLM) -> None:
+    async def run() -> list[RequestOutput | BaseException]:
+        return await asyncio.gather(
+            last(engine, "", GREEDY),
+            last(engine, "Hello", GREEDY),
+            last(engine, "word " * 400, GREEDY),
+            return_exceptions=True,
+        )
+
+    empty, fine, long = asyncio.run(run())
+    assert isinstance(empty, RequestError)
+    assert isinstance(long, RequestError)
+    assert isinstance(fine, RequestOutput)
+    assert fine.finished
+
+
+def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(
+    engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.llm.engine, "step", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(last(engine, "Hello", GREEDY))
+    assert asyncio.run(last(engine, "Hello", GREEDY)).finished
+
+
+def test_a_closed_engine_says_so() -> None:
+    llm = AsyncLLM("zoo:parley-draft", max_model_len=64)
+    llm.close()
+    with pytest.raises(SpecInferError, match="closed"):
+        asyncio.run(last(llm, "Hello", GREEDY))
