@@ -1,5 +1,7 @@
 """Model-free: blocks under random traffic; blocks in use = blocks owned after every call."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -51,7 +53,7 @@ def test_random_traffic(seed: int) -> None:
 @pytest.mark.parametrize("blocks", [(3, 4, 5), (5, 1, 3), (0,)])
 @pytest.mark.parametrize("block_size", [1, 3, 4])
 def test_slots_are_where_each_key_is(blocks: tuple[int, ...], block_size: int) -> None:
-    is_run = all(b - a == 1 for a, b in zip(blocks, blocks[1:], strict=False))
+    is_run = all(b - a == 1 for a, b in itertools.pairwise(blocks))
     pages = Pages(blocks, block_size, blocks[0] * block_size if is_run else None)
     keys = [pages.slot(key) for key in range(pages.capacity)]
     assert keys == [b * block_size + offset for b in blocks for offset in range(block_size)]
