@@ -25,7 +25,7 @@ LETTERS = string.ascii_letters + string.digits
 
 
 @torch.no_grad()
-def toy_decoder(seed: int = 0, *, head: float = 0.5, **changes: Any) -> Decoder:
+def toy_decoder(seed: int = 0, *, head: float = 0.2, **changes: Any) -> Decoder:
     """A float32 decoder whose context matters and whose laws are far from uniform.
 
     head  standard deviation of the output weights: more is a sharper law
@@ -33,7 +33,7 @@ def toy_decoder(seed: int = 0, *, head: float = 0.5, **changes: Any) -> Decoder:
     decoder = Decoder(read_architecture(toy_config(**changes)), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in decoder.named_parameters():
-        scale = {"lm_head": head, "embeddi": 1.0}.get(name[:7], 0.25)
+        scale = {"lm_head": head, "embeddi": 0.5}.get(name[:7], 0.15)
         parameter.normal_(0.0, scale, generator=generator)
         if name.endswith("norm.weight"):
             parameter.add_(1.0)
