@@ -77,7 +77,7 @@ class Scheduler:
         arrival, trees from what is left."""
         self._admit()
         budget = self._max_num_batched_tokens
-        decoding = [s for s in self.running if s.num_pending == 1]
+        decoding = [s for s in self.running if s.num_pending == 1][:budget]
         budget -= len(decoding)
         jobs = {id(s): Job(s, 1, True) for s in decoding}
         for sequence in self.running:

@@ -141,6 +141,8 @@ class AttentionPlan:
             parts = self._parts[window] = self._prepare(window)
         if len(parts) == 1:
             return self._attend(parts[0], q, k_pages, v_pages)
+        if not parts:
+            return torch.empty_like(q)
         return torch.cat([self._attend(p, q[p.rows], k_pages, v_pages) for p in parts])
 
     def _attend(self, part: _Part, q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:

@@ -82,7 +82,9 @@ def flatten(spans: Sequence[Span], device: torch.device) -> Batch:
         positions=torch.tensor(positions, device=device),
         slots=_join(writes, device),
         segments=segments,
-        logits_rows=None if len(rows) == len(tokens) else torch.tensor(rows, device=device),
+        logits_rows=None
+        if len(rows) == len(tokens)
+        else torch.tensor(rows, dtype=torch.int64, device=device),
     )
 
 
