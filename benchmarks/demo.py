@@ -1,7 +1,8 @@
 """What `make demo` shows: text from a token tree, then plain against tree decoding, in one minute.
 
-The bundled pair is small: there a step costs little more than the calls that make it up. So the same
-comparison is run on a twin of the pair that computes the same function at the cost of a 0.3B model.
+The bundled pair is small: there a step costs little more than the calls that make it up. So the
+same comparison is run on a twin of the pair that computes the same function at the cost of a 0.3B
+model.
 """
 
 import sys
@@ -35,7 +36,7 @@ def write_a_story(console: Console) -> None:
         sys.stdout.flush()
     stats, engine = output.stats, llm.engine.stats
     console.print(
-        f"\n\n[dim]{stats.num_output_tokens} tokens in {stats.num_target_steps} steps of the target: "
+        f"\n\n[dim]{stats.num_output_tokens} tokens in {stats.num_target_steps} target steps: "
         f"{stats.tokens_per_step:.2f} tokens a step (plain decoding: 1), "
         f"{stats.num_accepted} of {stats.num_drafted} drafted tokens accepted.\n"
         f"accepted at depth 1, 2, ...: {' '.join(map(str, stats.accepted_by_depth))}\n"
@@ -68,8 +69,8 @@ def main() -> None:
     console = Console(highlight=False)
     write_a_story(console)
     console.print(
-        f"\nPlain against tree decoding ({TREE}), greedy, {NUM_PROMPTS} prompts x {NUM_TOKENS} tokens, "
-        "alternating;\nmedian speed-up and quartiles:"
+        f"\nPlain against tree decoding ({TREE}), greedy, {NUM_PROMPTS} prompts x {NUM_TOKENS} "
+        "tokens, alternating;\nmedian speed-up and quartiles:"
     )
     compare(console, "the pair (11M)", "zoo:parley")
     compare(console, "inflated to the cost of 0.3B (drafter as it is)", str(twin("0.3b")))

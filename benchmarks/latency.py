@@ -1,11 +1,12 @@
-"""One request at a time: our plain and tree decoding, and transformers, side by side in one run.
+"""One request at a time: plain and tree decoding, and transformers, side by side in one run.
 
     python -m benchmarks.latency --model 1b
-    python -m benchmarks.latency --model pair --shapes 1,1,1,1 2,2,1 --temperatures 0 --json out.json
+    python -m benchmarks.latency --model pair --shapes 1,1,1,1 2,2,1 --temperatures 0 --json a.json
 
-Models: `pair` (the bundled 11M pair) and its twins `0.3b`, `1b`, `7b`, which compute the same function at
-a bigger model's cost (benchmarks/inflate.py); their drafter is shown bare and inflated to 1/50 of the target.
-Every table says what was inflated. Ratios are medians over prompts of neighbouring runs.
+Models: `pair` (the bundled 11M pair) and its twins `0.3b`, `1b`, `7b`, which compute the same
+function at a bigger model's cost (benchmarks/inflate.py); their drafter is shown bare and inflated
+to 1/50 of the target. Every table says what was inflated. Ratios are medians over prompts of
+neighbouring runs.
 """
 
 import argparse
@@ -184,7 +185,16 @@ def table(title: str, rows: Sequence[Row]) -> Table:
     """The rows for a terminal or, with a plain box, for a document."""
     from rich.box import MARKDOWN
 
-    columns = ("T", "system", "tok/s", "× transformers", "× plain", "tokens/step", "ms/step", "host")
+    columns = (
+        "T",
+        "system",
+        "tok/s",
+        "× transformers",
+        "× plain",
+        "tokens/step",
+        "ms/step",
+        "host",
+    )
     grid = Table(*columns, title=title, box=MARKDOWN)
     for row in rows:
         parts = " ".join(f"{part} {ms:.2f}" for part, ms in row.ms_per_step.items() if ms >= 0.01)

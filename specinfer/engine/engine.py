@@ -96,9 +96,7 @@ class Engine:
         self._widths = speculation.widths if self.drafters else ()
         self.scheduler.max_nodes = count_nodes(self._widths) * len(self.drafters)
 
-    def add(
-        self, request_id: str, prompt: ListLike[int], params: SamplingParams
-    ) -> list[Sequence]:
+    def add(self, request_id: str, prompt: ListLike[int], params: SamplingParams) -> list[Sequence]:
         """Queue a request: one sequence per sample.
 
         raises  RequestError if the prompt is empty, leaves no room for a token or has tokens the

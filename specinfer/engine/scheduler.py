@@ -31,8 +31,10 @@ class Job:
 
 
 class Scheduler:
-    """First come, first served; pages are reserved on admission, so a running sequence never waits
-    for memory."""
+    """First come, first served.
+
+    Pages are reserved on admission, so a running sequence never waits for memory.
+    """
 
     def __init__(
         self,
@@ -45,8 +47,8 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self.max_nodes = 0  # drafted nodes that one sequence may add to a step
-        self.waiting: deque["Sequence"] = deque()
-        self.running: list["Sequence"] = []
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
 
     @property
     def has_work(self) -> bool:
@@ -73,8 +75,10 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Job]:
-        """Admit what fits, then share the step's tokens: roots first, prompt chunks in order of
-        arrival, trees from what is left."""
+        """Admit what fits, then share the step's tokens.
+
+        Roots come first, then prompt chunks in order of arrival; trees get what is left.
+        """
         self._admit()
         budget = self._max_num_batched_tokens
         decoding = [s for s in self.running if s.num_pending == 1][:budget]
