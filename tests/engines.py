@@ -12,6 +12,7 @@ from torch import Tensor
 from specinfer.cache.blocks import BlockAllocator, Pages
 from specinfer.config import EngineConfig, Speculation
 from specinfer.draft.base import Draft, Drafter
+from specinfer.draft.model import ModelDrafter
 from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence as EngineSequence
 from specinfer.models.architecture import read_architecture
@@ -77,6 +78,12 @@ def finish(engine: Engine) -> None:
         engine.step()
 
 
+def model_drafter(decoder: Decoder, engine_slots: int, **changes: Any) -> ModelDrafter:
+    """A toy drafter with as many slots as the target has."""
+    options = {"vocab_size": decoder.architecture.vocab_size, "max_tokens": 2048} | changes
+    return ModelDrafter("toy", Runner(decoder, engine_slots), **options)
+
+
 def run_pages(num_tokens: int) -> Pages:
     """Pages that are one run from slot 0."""
     return Pages(tuple(range(num_tokens)), 1, 0)
@@ -122,7 +129,7 @@ def fresh_keys_and_values(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
 
 
 class ScriptedDrafter:
-    """Proposes what a function of all tokens up to a node says, best first.
+    """Proposes what a function of what is known and the path to a node says, best first.
 
     admitted  per admit and draft: the tokens it was told of
     dropped   the keys it was told to forget
@@ -130,7 +137,7 @@ class ScriptedDrafter:
 
     def __init__(
         self,
-        script: Callable[[list[int]], Sequence[int]],
+        script: Callable[[list[int], list[int]], Sequence[int]],
         vocab_size: int,
         name: str = "scripted",
     ) -> None:
@@ -146,7 +153,7 @@ class ScriptedDrafter:
             for node in nodes:
                 path = [draft.tree.tokens[each] for each in draft.tree.path(node)]
                 row = torch.full((self._vocab_size,), -torch.inf)
-                for rank, token in enumerate(self._script([*draft.tokens, *path])):
+                for rank, token in enumerate(self._script(draft.tokens, path)):
                     row[token] = -25.0 * rank  # more than any noise, less than float32 forgets
                 rows.append(row)
         return torch.stack(rows)
@@ -157,6 +164,11 @@ class ScriptedDrafter:
 
     def drop(self, key: int) -> None:
         self.dropped.append(key)
+
+
+def free_blocks(engine: Engine) -> int:
+    """Blocks that nobody owns."""
+    return engine.scheduler._allocator.num_free
 
 
 def outputs_of(sequences: Sequence[EngineSequence]) -> list[tuple[Any, ...]]:
