@@ -2,11 +2,13 @@
 
     llm = LLM("zoo:parley", drafters=["zoo:parley-draft"])
     llm.generate("Tell me a story.", SamplingParams(max_tokens=64))[0].outputs[0].text
+
+Prompts given together share every step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from specinfer.config import EngineConfig, Speculation
 from specinfer.engine.build import build_engine
@@ -139,7 +141,7 @@ class LLM:
         raises           RequestError for a prompt that cannot be served, before any is started
         """
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
+            prompts = [cast(Prompt, prompts)]
         params = self._params_per_prompt(len(prompts), sampling_params)
         pending: list[Pending] = []
         try:

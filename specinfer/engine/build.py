@@ -64,9 +64,7 @@ def build_engine(
     runners = [Runner(decoder, num_slots) for decoder in decoders]
     vocab_size = runners[0].vocab_size
     models: list[Drafter] = [
-        ModelDrafter(
-            name, runner, vocab_size=vocab_size, max_tokens=config.max_num_batched_tokens
-        )
+        ModelDrafter(name, runner, vocab_size=vocab_size, max_tokens=config.max_num_batched_tokens)
         for name, runner in zip(drafters, runners[1:], strict=True)
     ]
     return Engine(

@@ -110,8 +110,8 @@ class _Part(NamedTuple):
 class AttentionPlan:
     """A step's segments made ready once, for every layer of the step.
 
-    `plan(q, k_pages, v_pages, window)` equals `attention_reference` on the same segments: up to 2e-6 in
-    float32, 1e-2 relative in bfloat16 (its own rounding), see tests/test_attention.py.
+    `plan(q, k_pages, v_pages, window)` equals `attention_reference` on the same segments: up to
+    2e-6 in float32, 1e-2 relative in bfloat16 (its own rounding), see tests/test_attention.py.
     Queries that share a KV head are folded into one matrix, so the keys are read once for all of
     a request's nodes and heads.
     """
@@ -178,9 +178,11 @@ class AttentionPlan:
         for segment in self._segments:
             rows = slice(start, start + segment.num_queries)
             start = rows.stop
-            slots = segment.slots
-            if not isinstance(slots, slice):
-                slots = torch.from_numpy(slots).to(self._device)
+            slots: slice | Tensor = (
+                segment.slots
+                if isinstance(segment.slots, slice)
+                else torch.from_numpy(segment.slots).to(self._device)
+            )
             hides = window is not None and max(segment.query_positions) >= window
             causal = (
                 segment.mask is None

@@ -88,9 +88,7 @@ def flatten(spans: Sequence[Span], device: torch.device) -> Batch:
     )
 
 
-def _join(
-    writes: Sequence[slice | npt.NDArray[np.int64]], device: torch.device
-) -> slice | Tensor:
+def _join(writes: Sequence[slice | npt.NDArray[np.int64]], device: torch.device) -> slice | Tensor:
     if len(writes) == 1 and isinstance(writes[0], slice):
         return writes[0]
     parts = [np.arange(w.start, w.stop) if isinstance(w, slice) else w for w in writes]
