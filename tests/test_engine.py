@@ -10,7 +10,7 @@ import torch
 from specinfer.config import EngineConfig, Speculation, VerifierName
 from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence
-from specinfer.errors import CapacityError, RequestError
+from specinfer.errors import CapacityError, ConfigError, RequestError
 from specinfer.models.decoder import Decoder
 from specinfer.request import SamplingParams
 from tests.engines import (
@@ -348,6 +348,21 @@ def test_refused_requests_leave_nothing_behind(target: Decoder) -> None:
             engine.add("bad", prompt, SamplingParams(max_tokens=4, n=3))
         assert not engine.has_work
         assert free_blocks(engine) == 10
+
+
+def test_speculation_changes_between_requests_only(target: Decoder) -> None:
+    engine = engine_with(target, target, speculation=Speculation(tree="1"))
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+    expected = outputs_of(run(toy_engine(target), [[1, 2]], [params]))
+    for tree, num_steps in (("1", 7), ("1,1,1", 4), ("off", 12)):  # the first step has no tree
+        engine.set_speculation(Speculation(tree=tree))
+        (sequence,) = run(engine, [[1, 2]], [params])
+        assert outputs_of([sequence]) == expected
+        assert sequence.stats.num_target_steps == num_steps
+    engine.add("0", [1, 2], params)
+    with pytest.raises(ConfigError, match="while requests run"):
+        engine.set_speculation(Speculation(tree="2"))
+    finish(engine)
 
 
 def test_a_sequence_may_fill_the_context(target: Decoder) -> None:
