@@ -10,7 +10,7 @@ import torch
 from specinfer.config import EngineConfig, Speculation, VerifierName
 from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence
-from specinfer.errors import CapacityError, RequestError
+from specinfer.errors import CapacityError, ConfigError, RequestError
 from specinfer.models.decoder import Decoder
 from specinfer.request import SamplingParams
 from tests.engines import (
@@ -86,7 +86,7 @@ WAYS: dict[str, tuple[dict[str, Any], VerifierName]] = {
 def test_every_branch_can_be_accepted(target: Decoder, way: str) -> None:
     """The right token is the first, a middle or the last branch, at every depth: 27 requests."""
     fields, verifier = WAYS[way]
-    params = SamplingParams(max_tokens=9, **fields)
+    params = SamplingParams(max_tokens=11, **fields)  # 1, 4 and 4 tokens, then a tree cut to 1
     all_ranks = list(itertools.product(BRANCHES.values(), repeat=3))
     prompts = [[1 + n // 9, 5, n % 9] for n in range(len(all_ranks))]
     plain = run(toy_engine(target, num_blocks=400), prompts, [params] * len(prompts))
@@ -121,6 +121,8 @@ def test_every_branch_can_be_accepted(target: Decoder, way: str) -> None:
             branches = [tree.children(v).index(c) for v, c in zip(parents, path, strict=True)]
             assert branches == list(expected[: len(path)])
             num_full_paths += len(path) == 3
+            noise = trace.sequence.noise
+            assert noise is None or len(noise._rows) <= 4  # committed positions are forgotten
     assert num_full_paths >= 2 * len(prompts)
     assert outputs_of(sequences) == outputs_of(plain)
 
@@ -208,6 +210,39 @@ def test_the_traffic_ends_in_every_way(
     assert any(isinstance(reason, str) for _, reason in ends)
     assert any(isinstance(reason, int) for _, reason in ends)
     assert any(each.min_tokens for each in params)
+
+
+def test_plain_texts_end_as_they_should(
+    target: Decoder, traffic: tuple[list[list[int]], list[SamplingParams], list[Any]]
+) -> None:
+    """What `SamplingParams` says, said again: the other tests only compare with plain decoding."""
+    prompts, params, expected = traffic
+    tokenizer = toy_engine(target).tokenizer
+    for prompt, each, outputs in zip(prompts, params, expected, strict=True):
+        own = set(each.stop_token_ids or ())
+        ends = own | (set() if each.ignore_eos else {3, 9})
+        limit = min(each.max_tokens or 99, 48 - len(prompt))
+        assert len(outputs) == each.n
+        for text, ids, finish_reason, stop_reason in outputs:
+            assert not ends & set(ids[:-1])  # banned before min_tokens, the end after them
+            assert len(ids) <= limit
+            whole = tokenizer.decode(ids)
+            if finish_reason == "length":
+                assert len(ids) == limit
+                assert text == whole
+            elif isinstance(stop_reason, str):
+                start = whole.index(stop_reason, each.min_tokens)
+                assert start + len(stop_reason) == len(ids)  # one letter per token
+                cut = len(ids) if each.include_stop_str_in_output else start
+                assert text == whole[:cut]
+            else:
+                assert len(ids) > each.min_tokens
+                assert ids[-1] in ends
+                assert stop_reason == (ids[-1] if ids[-1] in own else None)
+                assert text == whole[:-1]
+            if isinstance(stop_reason, str):
+                whole = whole[: len(ids) - 1]
+            assert not any(stop in whole[each.min_tokens :] for stop in each.stop_strings)
 
 
 @pytest.mark.parametrize("tree", ["1,1,3,1,1,1,1,1", "2,2", "4", "1,1,1,1", "3,2,1"])
@@ -348,6 +383,21 @@ def test_refused_requests_leave_nothing_behind(target: Decoder) -> None:
             engine.add("bad", prompt, SamplingParams(max_tokens=4, n=3))
         assert not engine.has_work
         assert free_blocks(engine) == 10
+
+
+def test_speculation_changes_between_requests_only(target: Decoder) -> None:
+    engine = engine_with(target, target, speculation=Speculation(tree="1"))
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+    expected = outputs_of(run(toy_engine(target), [[1, 2]], [params]))
+    for tree, num_steps in (("1", 7), ("1,1,1", 4), ("off", 12)):  # the first step has no tree
+        engine.set_speculation(Speculation(tree=tree))
+        (sequence,) = run(engine, [[1, 2]], [params])
+        assert outputs_of([sequence]) == expected
+        assert sequence.stats.num_target_steps == num_steps
+    engine.add("0", [1, 2], params)
+    with pytest.raises(ConfigError, match="while requests run"):
+        engine.set_speculation(Speculation(tree="2"))
+    finish(engine)
 
 
 def test_a_sequence_may_fill_the_context(target: Decoder) -> None:

@@ -49,8 +49,8 @@ class Traffic:
             self.allocator,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.budget,
-            max_nodes=MAX_NODES,
         )
+        self.scheduler.max_nodes = MAX_NODES
 
     def arrive(self, count: int = 1) -> None:
         """A request of `count` samples."""
@@ -198,7 +198,7 @@ def test_long_prompts_are_cut_and_do_not_hold_up_those_who_decode() -> None:
 
 def test_first_come_first_served_even_where_a_later_one_would_fit() -> None:
     allocator = BlockAllocator(10, 4)
-    scheduler = Scheduler(allocator, max_num_seqs=4, max_num_batched_tokens=99, max_nodes=0)
+    scheduler = Scheduler(allocator, max_num_seqs=4, max_num_batched_tokens=99)
     first, big, small = Fake(2, 24), Fake(2, 24), Fake(2, 4)
     for fake in (first, big, small):
         scheduler.add(fake)  # type: ignore[arg-type]
@@ -211,7 +211,8 @@ def test_first_come_first_served_even_where_a_later_one_would_fit() -> None:
 
 def test_what_could_never_run_is_refused_at_once() -> None:
     allocator = BlockAllocator(4, 4)
-    scheduler = Scheduler(allocator, max_num_seqs=4, max_num_batched_tokens=99, max_nodes=3)
+    scheduler = Scheduler(allocator, max_num_seqs=4, max_num_batched_tokens=99)
+    scheduler.max_nodes = 3
     scheduler.add(Fake(1, 13))  # type: ignore[arg-type]
     with pytest.raises(CapacityError, match="up to 14 tokens and a tree of 3 nodes"):
         scheduler.add(Fake(1, 14))  # type: ignore[arg-type]
