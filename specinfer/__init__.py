@@ -1,4 +1,4 @@
-"""Public names and nothing else, each imported when first asked for: PyTorch takes seconds."""
+"""Public names and nothing else; each is imported when first asked for: PyTorch takes seconds."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,36 +6,59 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specinfer.async_llm import AsyncLLM
     from specinfer.config import Speculation
-    from specinfer.errors import SpecInferError
+    from specinfer.errors import (
+        CapacityError,
+        CheckpointError,
+        ConfigError,
+        DependencyError,
+        LawError,
+        ModelError,
+        ModelNotFoundError,
+        RequestError,
+        SpecInferError,
+        UnsupportedModelError,
+    )
     from specinfer.llm import LLM
-    from specinfer.request import CompletionOutput, RequestOutput, SamplingParams
+    from specinfer.request import CompletionOutput, RequestOutput, RequestStats, SamplingParams
 
-_MODULES = {
-    "LLM": "llm",
-    "AsyncLLM": "async_llm",
-    "CompletionOutput": "request",
-    "RequestOutput": "request",
-    "SamplingParams": "request",
-    "SpecInferError": "errors",
-    "Speculation": "config",
-}
+__version__ = "0.1.0"
 
-__all__ = [
-    "LLM",
+__all__ = [  # noqa: RUF022 - plain alphabetical order
     "AsyncLLM",
+    "CapacityError",
+    "CheckpointError",
     "CompletionOutput",
+    "ConfigError",
+    "DependencyError",
+    "LLM",
+    "LawError",
+    "ModelError",
+    "ModelNotFoundError",
+    "RequestError",
     "RequestOutput",
+    "RequestStats",
     "SamplingParams",
     "SpecInferError",
     "Speculation",
+    "UnsupportedModelError",
 ]
+
+_MODULES = {
+    "AsyncLLM": "async_llm",
+    "CompletionOutput": "request",
+    "LLM": "llm",
+    "RequestOutput": "request",
+    "RequestStats": "request",
+    "SamplingParams": "request",
+    "Speculation": "config",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module 'specinfer' has no attribute {name!r}")
-    return getattr(import_module(f"specinfer.{_MODULES[name]}"), name)
+    return getattr(import_module(f"specinfer.{_MODULES.get(name, 'errors')}"), name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "__version__"]

@@ -2,12 +2,15 @@
 
     engine thread   takes commands, steps, and hands each request's output to its event loop
     coroutines      put commands in, read their own queue; leaving one aborts its request
+
+Only the engine thread touches the engine.
 """
 
 import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +30,8 @@ class _Client:
     request: Pending | None = None
 
     def send(self, item: RequestOutput | BaseException) -> None:
-        try:
+        with suppress(RuntimeError):  # the event loop has been closed: nobody waits any more
             self.loop.call_soon_threadsafe(self.outputs.put_nowait, item)
-        except RuntimeError:  # the event loop has been closed: nobody waits any more
-            pass
 
 
 class AsyncLLM:
@@ -138,9 +139,9 @@ class AsyncLLM:
             return
         advanced = {trace.sequence.request_id for trace in traces}
         for request_id in advanced:
-            client = self._clients.get(request_id)
-            if client is not None and client.request is not None:
-                client.send(client.request.output())
+            reader = self._clients.get(request_id)
+            if reader is not None and reader.request is not None:
+                reader.send(reader.request.output())
 
     def _start(
         self, client: _Client, request_id: str, prompt: Prompt, params: SamplingParams

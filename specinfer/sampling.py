@@ -35,6 +35,8 @@ _BLOCK = 256
 """`draw` sums blocks of this many tokens first: a cumulative sum is ten times slower than a sum."""
 
 _PLAIN = SamplingParams()
+_ALL = 2**62
+"""A top_k or top-p mass that keeps every token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,8 @@ class RowFilters:
     banned       ([n] int64 rows, [n] int64 tokens) that must not be sampled
     temperature  [rows, 1] float32
     min_p        [rows, 1] float32, the logarithm of min_p
-    top_k        [rows, 1] int64; the whole vocabulary (or more) keeps all
-    top_p        [rows, 1] int64, the mass to reach in units of 2^-40
+    top_k        [rows, 1] int64; the vocabulary or more keeps all
+    top_p        [rows, 1] int64, the mass to reach in units of 2^-40; above 1 keeps all
     temperatures, top_ks  once per run, on the host
     """
 
@@ -70,14 +72,17 @@ class RowFilters:
     ) -> "RowFilters":
         """Collect the filters of consecutive rows.
 
-        runs    per request its parameters and its number of rows, in the order of the rows
+        runs    per request its parameters and its number of rows, in the order of the rows; not
+                empty
         banned  (row, tokens that must not be sampled there); see `early_rows`
         cost    O(rows) on the host, and one small copy to the device per filter asked for
         """
         counts = [count for _, count in runs]
         params = [_PLAIN if each.is_greedy else each for each, _ in runs]
 
-        def column(values: Sequence[float], dtype: npt.DTypeLike) -> Tensor:
+        def column(asked: bool, values: Sequence[float], dtype: npt.DTypeLike) -> Tensor | None:
+            if not asked:
+                return None
             rows = np.repeat(np.array(values, dtype), counts)[:, None]
             return torch.from_numpy(rows).to(device)
 
@@ -85,9 +90,9 @@ class RowFilters:
             return torch.from_numpy(np.asarray(values, np.int64)).to(device)
 
         temperatures = [each.temperature for each in params]
-        min_ps = [each.min_p for each in params]
-        top_ks = [each.top_k for each in params]
-        top_ps = [each.top_p for each in params]
+        log_min_ps = [math.log(each.min_p) if each.min_p else -math.inf for each in params]
+        top_ks = [each.top_k if each.top_k > 0 else _ALL for each in params]
+        top_ps = [math.ceil(each.top_p * _UNITS) if each.top_p < 1 else _ALL for each in params]
         greedy = [each.is_greedy for each, _ in runs]
         bans = [(row, token) for row, tokens in banned for token in tokens]
         return cls(
@@ -96,18 +101,10 @@ class RowFilters:
             banned=(index([row for row, _ in bans]), index([token for _, token in bans]))
             if bans
             else None,
-            temperature=column(temperatures, np.float32)
-            if any(value != 1 for value in temperatures)
-            else None,
-            min_p=column([math.log(x) if x else -math.inf for x in min_ps], np.float32)
-            if any(min_ps)
-            else None,
-            top_k=column([x if x > 0 else np.iinfo(np.int64).max for x in top_ks], np.int64)
-            if any(x > 0 for x in top_ks)
-            else None,
-            top_p=column([math.ceil(x * _UNITS) if x < 1 else 2 * _UNITS for x in top_ps], np.int64)
-            if any(x < 1 for x in top_ps)
-            else None,
+            temperature=column(any(x != 1 for x in temperatures), temperatures, np.float32),
+            min_p=column(max(log_min_ps) > -math.inf, log_min_ps, np.float32),
+            top_k=column(min(top_ks) < _ALL, top_ks, np.int64),
+            top_p=column(min(top_ps) < _ALL, top_ps, np.int64),
             temperatures=tuple(temperatures),
             top_ks=tuple(top_ks),
         )
@@ -117,7 +114,7 @@ def early_rows(depths: Sequence[int], num_output: int, min_tokens: int) -> list[
     """The nodes of a tree after which end tokens are still banned.
 
     depths      per node; the law after a node at depth d is that of output token num_output + d
-    num_output  tokens already emitted, the root included
+    num_output  output tokens so far, the root among them unless it ends the prompt
     """
     return [node for node, depth in enumerate(depths) if num_output + depth < min_tokens]
 

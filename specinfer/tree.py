@@ -7,7 +7,7 @@ condition (docs/algorithm.md, "Predictability"): a recorded law that is not the 
 drawn from shifts the output.
 
             root "the"                 node 0, depth 0: the last committed token
-           /          \\
+           /          \
      "cat" slots 0,2   "dog" slot 1    nodes 1 and 2, depth 1; two slots propose "cat"
           |
      "sat" slot 3                      node 3, depth 2

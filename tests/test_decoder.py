@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from specinfer.models.architecture import read_architecture
 from specinfer.models.decoder import Decoder
-from specinfer.models.layers import Linear
+from specinfer.models.layers import Linear, inverse_frequencies
 from specinfer.models.weights import load_decoder
 from specinfer.ops.linear import can_pack
 from tests.helpers import FAMILIES, flat_positions, reference_attend, toy_config
@@ -136,6 +137,36 @@ def test_logits_are_those_of_transformers(name, tmp_path):
         assert (logits - expected).abs().max() <= TOLERANCE
     alone = model(sequences[3][None], use_cache=False).logits[0]
     assert (logits[-24:] - alone).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_type": "linear", "factor": 2.5},
+        {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "truncate": False},
+        {"rope_type": "yarn", "factor": 16.0, "beta_fast": 16.0, "beta_slow": 2.0},
+        {"rope_type": "yarn", "factor": 0.5},
+        {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7},
+    ],
+    ids=str,
+)
+def test_frequencies_at_real_sizes_are_those_of_transformers(fields, head_dim, theta):
+    """Toy heads have too few frequencies to see where a ramp begins."""
+    fields = {"original_max_position_embeddings": 8192, "rope_theta": theta, **fields}
+    if fields["rope_type"] == "linear":
+        del fields["original_max_position_embeddings"]
+    config = toy_config(head_dim=head_dim, rope_parameters=fields, max_position_embeddings=32768)
+    theirs = AutoConfig.for_model(
+        "llama", **{key: value for key, value in config.items() if key != "model_type"}
+    )
+    expected, factor = ROPE_INIT_FUNCTIONS[fields["rope_type"]](theirs)
+    rope = read_architecture(config).rope
+    assert torch.allclose(inverse_frequencies(rope, head_dim), expected, rtol=3e-7, atol=0)
+    assert rope.attention_factor == pytest.approx(factor, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["yarn", "llama3", "linear"])

@@ -27,9 +27,7 @@ class KVPool:
         self._layers = [(layer[0], layer[1]) for layer in self._pages]
 
     @staticmethod
-    def bytes_per_slot(
-        *, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> int:
+    def bytes_per_slot(*, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes that one token takes."""
         return num_layers * 2 * kv_heads * head_dim * dtype.itemsize
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from specinfer import __version__
 from specinfer.cli.bench import bench_latency
 from specinfer.cli.chat import chat
 from specinfer.cli.generate import generate
@@ -51,9 +52,7 @@ def prepare(
 ) -> None:
     """Set up what all commands share: readable warnings, any terminal's encoding."""
     if version:
-        from importlib.metadata import version as version_of
-
-        typer.echo(f"specinfer {version_of('specinfer')}")
+        typer.echo(f"specinfer {__version__}")
         raise typer.Exit()
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):

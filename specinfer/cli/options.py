@@ -191,7 +191,7 @@ def _parameter(group: type, panel: str, field: Field[Any]) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
     kind = _flag_type(get_type_hints(group)[field.name])
     option = typer.Option(
-        f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+        f"{flag}/--no-{flag[2:]}" if field.default is True else flag,
         help=_escape(_help(group, field)),
         show_default=False,
         rich_help_panel=panel,

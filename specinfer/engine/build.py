@@ -40,6 +40,8 @@ def build_engine(
     raises  ModelError, ConfigError or CapacityError, with nothing half-done
     """
     place = _resolve_device(device)
+    if "ngram" in drafters:
+        raise ConfigError('drafter "ngram" is not built yet: give a small model')
     # Everything that can be refused cheaply is refused before weights are read.
     folders = [resolve_model(name) for name in (model, *drafters)]
     tokenizers = [Tokenizer.from_folder(folder) for folder in folders]
@@ -64,9 +66,7 @@ def build_engine(
     runners = [Runner(decoder, num_slots) for decoder in decoders]
     vocab_size = runners[0].vocab_size
     models: list[Drafter] = [
-        ModelDrafter(
-            name, runner, vocab_size=vocab_size, max_tokens=config.max_num_batched_tokens
-        )
+        ModelDrafter(name, runner, vocab_size=vocab_size, max_tokens=config.max_num_batched_tokens)
         for name, runner in zip(drafters, runners[1:], strict=True)
     ]
     return Engine(

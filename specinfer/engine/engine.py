@@ -13,8 +13,8 @@ from specinfer.draft.base import Drafter
 from specinfer.draft.shapes import Grown, Growth, grow
 from specinfer.engine.scheduler import Job, Scheduler
 from specinfer.engine.sequence import Sequence
-from specinfer.engine.stats import EngineStats
-from specinfer.errors import RequestError
+from specinfer.engine.stats import EngineStats, TimedDrafter
+from specinfer.errors import ConfigError, RequestError
 from specinfer.request import SamplingParams
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
@@ -72,25 +72,31 @@ class Engine:
         max_model_len: int,
     ) -> None:
         self.target = target
-        self.drafters = list(drafters)
-        self.tokenizer = tokenizer
-        self.speculation = speculation
-        self.max_model_len = max_model_len
         self.stats = EngineStats()
+        self.drafters: list[Drafter] = [TimedDrafter(each, self.stats) for each in drafters]
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
         self._seed = config.seed
-        self._widths = speculation.widths if self.drafters else ()
-        max_nodes = count_nodes(self._widths) * len(self.drafters)
         self.scheduler = Scheduler(
             allocator,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_nodes=max_nodes,
         )
         self._num_added = 0
+        self.set_speculation(speculation)
 
-    def add(
-        self, request_id: str, prompt: ListLike[int], params: SamplingParams
-    ) -> list[Sequence]:
+    def set_speculation(self, speculation: Speculation) -> None:
+        """Guess and verify differently from now on, for requests added from now on.
+
+        raises  ConfigError while requests run: their pages were reserved for other trees
+        """
+        if self.has_work:
+            raise ConfigError("speculation cannot change while requests run: wait for their end")
+        self.speculation = speculation
+        self._widths = speculation.widths if self.drafters else ()
+        self.scheduler.max_nodes = count_nodes(self._widths) * len(self.drafters)
+
+    def add(self, request_id: str, prompt: ListLike[int], params: SamplingParams) -> list[Sequence]:
         """Queue a request: one sequence per sample.
 
         raises  RequestError if the prompt is empty, leaves no room for a token or has tokens the
@@ -136,7 +142,7 @@ class Engine:
             jobs = self.scheduler.schedule()
         if not jobs:
             return []
-        with timed("draft"):
+        with timed("grow"):
             works = self._draft(jobs)
         with timed("target"):
             spans = [_span(work) for work in works]

@@ -31,8 +31,10 @@ class Job:
 
 
 class Scheduler:
-    """First come, first served; pages are reserved on admission, so a running sequence never waits
-    for memory."""
+    """First come, first served.
+
+    Pages are reserved on admission, so a running sequence never waits for memory.
+    """
 
     def __init__(
         self,
@@ -40,14 +42,13 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        max_nodes: int,
     ) -> None:
         self._allocator = allocator
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_nodes = max_nodes
-        self.waiting: deque["Sequence"] = deque()
-        self.running: list["Sequence"] = []
+        self.max_nodes = 0  # drafted nodes that one sequence may add to a step
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
 
     @property
     def has_work(self) -> bool:
@@ -59,11 +60,11 @@ class Scheduler:
 
         raises  CapacityError if its pages are more than there are
         """
-        needed = self._allocator.blocks_for(max_total + self._max_nodes)
+        needed = self._allocator.blocks_for(max_total + self.max_nodes)
         if needed > self._allocator.num_blocks:
             size = self._allocator.block_size
             raise CapacityError(
-                f"a request of up to {max_total} tokens and a tree of {self._max_nodes} nodes "
+                f"a request of up to {max_total} tokens and a tree of {self.max_nodes} nodes "
                 f"needs {needed * size} tokens of KV cache and there are "
                 f"{self._allocator.num_blocks * size}: raise kv_cache_memory or lower max_tokens"
             )
@@ -74,11 +75,13 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Job]:
-        """Admit what fits, then share the step's tokens: roots first, prompt chunks in order of
-        arrival, trees from what is left."""
+        """Admit what fits, then share the step's tokens.
+
+        Roots come first, then prompt chunks in order of arrival; trees get what is left.
+        """
         self._admit()
         budget = self._max_num_batched_tokens
-        decoding = [s for s in self.running if s.num_pending == 1]
+        decoding = [s for s in self.running if s.num_pending == 1][:budget]
         budget -= len(decoding)
         jobs = {id(s): Job(s, 1, True) for s in decoding}
         for sequence in self.running:
@@ -87,7 +90,7 @@ class Scheduler:
                 budget -= chunk
                 jobs[id(sequence)] = Job(sequence, chunk, chunk == sequence.num_pending)
         for sequence in decoding:
-            jobs[id(sequence)].max_nodes = min(self._max_nodes, budget // len(decoding))
+            jobs[id(sequence)].max_nodes = min(self.max_nodes, budget // len(decoding))
         return [jobs[id(s)] for s in self.running if id(s) in jobs]
 
     def remove(self, sequence: "Sequence") -> None:
@@ -101,7 +104,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_num_seqs:
-            pages = self._allocator.allocate(self.waiting[0].max_total + self._max_nodes)
+            pages = self._allocator.allocate(self.waiting[0].max_total + self.max_nodes)
             if pages is None:
                 return
             sequence = self.waiting.popleft()

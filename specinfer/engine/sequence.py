@@ -149,8 +149,11 @@ class Sequence:
         return "pick" if self.verifier == "match" else "without-replacement"
 
     def _resolve_draft_params(self, speculation: Speculation) -> SamplingParams:
-        """The drafters' law: the request's own filters; a greedy request's law is no law to draw
-        from, so its drafters draw (if they are told to draw at all) at temperature 1."""
+        """The drafters' law: the request's own filters.
+
+        A greedy request's law is no law to draw from: its drafters draw (if they are told to draw
+        at all) at temperature 1.
+        """
         temperature = speculation.draft_temperature
         if temperature is None and not self.params.is_greedy:
             return self.params

@@ -110,8 +110,8 @@ class _Part(NamedTuple):
 class AttentionPlan:
     """A step's segments made ready once, for every layer of the step.
 
-    `plan(q, k_pages, v_pages, window)` equals `attention_reference` on the same segments: up to 2e-6 in
-    float32, 1e-2 relative in bfloat16 (its own rounding), see tests/test_attention.py.
+    `plan(q, k_pages, v_pages, window)` equals `attention_reference` on the same segments: up to
+    2e-6 in float32, 1e-2 relative in bfloat16 (its own rounding), see tests/test_attention.py.
     Queries that share a KV head are folded into one matrix, so the keys are read once for all of
     a request's nodes and heads.
     """
@@ -141,6 +141,8 @@ class AttentionPlan:
             parts = self._parts[window] = self._prepare(window)
         if len(parts) == 1:
             return self._attend(parts[0], q, k_pages, v_pages)
+        if not parts:
+            return torch.empty_like(q)
         return torch.cat([self._attend(p, q[p.rows], k_pages, v_pages) for p in parts])
 
     def _attend(self, part: _Part, q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
@@ -176,9 +178,11 @@ class AttentionPlan:
         for segment in self._segments:
             rows = slice(start, start + segment.num_queries)
             start = rows.stop
-            slots = segment.slots
-            if not isinstance(slots, slice):
-                slots = torch.from_numpy(slots).to(self._device)
+            slots: slice | Tensor = (
+                segment.slots
+                if isinstance(segment.slots, slice)
+                else torch.from_numpy(segment.slots).to(self._device)
+            )
             hides = window is not None and max(segment.query_positions) >= window
             causal = (
                 segment.mask is None

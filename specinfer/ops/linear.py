@@ -51,8 +51,8 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether blocked weights are faster than plain ones here, from what the processor has.
 
     Told from features and not from a stopwatch, so that two runs on one machine add in one order.
-    Measured (docs/performance.md): bfloat16 up to 2.7 times faster, float32 up to 4 times, and
-    never slower up to 1024 rows.
+    Measured on one Zen 4 core, 384 to 2048 wide: 1.4 to 2.6 times faster in bfloat16 at 1 to 8
+    rows, level with plain from 64 to 1024; float32 1.2 to 2.8 times at 4 to 64, 1.2 at 1024.
     """
     if device.type != "cpu" or not _HAS_ONEDNN:
         return False

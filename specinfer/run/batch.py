@@ -82,13 +82,13 @@ def flatten(spans: Sequence[Span], device: torch.device) -> Batch:
         positions=torch.tensor(positions, device=device),
         slots=_join(writes, device),
         segments=segments,
-        logits_rows=None if len(rows) == len(tokens) else torch.tensor(rows, device=device),
+        logits_rows=None
+        if len(rows) == len(tokens)
+        else torch.tensor(rows, dtype=torch.int64, device=device),
     )
 
 
-def _join(
-    writes: Sequence[slice | npt.NDArray[np.int64]], device: torch.device
-) -> slice | Tensor:
+def _join(writes: Sequence[slice | npt.NDArray[np.int64]], device: torch.device) -> slice | Tensor:
     if len(writes) == 1 and isinstance(writes[0], slice):
         return writes[0]
     parts = [np.arange(w.start, w.stop) if isinstance(w, slice) else w for w in writes]

@@ -22,7 +22,7 @@ class IncrementalDetokenizer:
 
     A character whose bytes are spread over tokens is held back until it is whole. Whatever the
     sizes of the pushes, all they return plus `flush()` is `Tokenizer.decode` of all ids.
-    cost  O(1) per token, about half a microsecond
+    cost  O(1) per token, about a microsecond
     """
 
     def __init__(self, tokenizer: "Tokenizer", *, skip_special_tokens: bool = True) -> None:

@@ -1,0 +1,229 @@
+"""Fixed shapes: every slot's recorded law is the one its token was drawn from."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from specinfer import sampling
+from specinfer.config import Draw
+from specinfer.draft.base import Draft
+from specinfer.draft.shapes import Grown, Growth, grow
+from specinfer.request import SamplingParams
+from specinfer.sampling import RowFilters, SeededNoise, gumbel_noise, target_laws
+from specinfer.tree import TokenTree
+from specinfer.verify import require_lawful
+from tests.engines import run_pages
+
+VOCAB = 9
+PLAIN = SamplingParams()
+
+
+class Oracle:
+    """A drafter whose logits are a function of the text before."""
+
+    name = "oracle"
+
+    def __init__(self, seed: int, support: int = VOCAB) -> None:
+        self.seed = seed
+        self.support = support
+        self.calls: list[int] = []  # requests per pass
+
+    def row(self, text: list[int]) -> Tensor:
+        row = np.random.default_rng([self.seed, *text]).normal(0, 2, VOCAB)
+        row[self.support :] = -np.inf
+        return torch.from_numpy(row).float()
+
+    def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Tensor:
+        self.calls.append(len(frontier))
+        return torch.stack([self.row(text_to(d, n)) for d, nodes in frontier for n in nodes])
+
+    def admit(self, accepted: Any) -> None: ...
+
+    def drop(self, key: int) -> None: ...
+
+
+def text_to(draft: Draft, node: int) -> list[int]:
+    return [*draft.tokens, *(draft.tree.tokens[each] for each in draft.tree.path(node))]
+
+
+def growth(
+    widths: tuple[int, ...] = (3, 2),
+    draw: Draw = "iid",
+    *,
+    key: int = 0,
+    params: SamplingParams = PLAIN,
+    noise: SeededNoise | None = None,
+) -> Growth:
+    rng = np.random.default_rng(key)
+    return Growth(key, [4, 2, key % VOCAB], run_pages(64), widths, params, draw, rng, noise)
+
+
+def law_at(oracle: Oracle, draft: Draft, node: int, params: SamplingParams) -> np.ndarray:
+    filters = RowFilters.of([(params, 1)])
+    return target_laws(oracle.row(text_to(draft, node))[None], filters)[0].numpy()
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, int]]:
+    """Every law that a token was really drawn from, and the token."""
+    seen: list[tuple[np.ndarray, int]] = []
+    draw = sampling.draw
+
+    def noting(law: np.ndarray, rng: Any) -> int:
+        token = draw(law, rng)
+        seen.append((law / law.sum(), token))
+        return token
+
+    monkeypatch.setattr(sampling, "draw", noting)
+    return seen
+
+
+@pytest.mark.parametrize("params", [PLAIN, SamplingParams(temperature=0.4, top_k=4)])
+@pytest.mark.parametrize("draw", ["iid", "without-replacement"])
+@pytest.mark.parametrize("widths", [(3, 2), (1, 1, 3, 1), (4,)])
+def test_recorded_laws_are_those_used(
+    drawn: list[tuple[np.ndarray, int]],
+    draw: Draw,
+    widths: tuple[int, ...],
+    params: SamplingParams,
+) -> None:
+    oracle = Oracle(1)
+    for key in range(5):
+        drawn.clear()
+        (grown,) = grow([growth(widths, draw, key=key, params=params)], [oracle])
+        tree, draft = grown.tree, grown.drafts[0]
+        assert len(drawn) == len(tree.slots)
+        for slot, (used, token) in zip(tree.slots, drawn, strict=True):
+            assert slot.law is not None
+            assert not slot.law.is_pick
+            assert tree.tokens[slot.node] == token
+            np.testing.assert_allclose(slot.law.dense(), used, rtol=1e-5, atol=1e-7)
+        for node in range(len(tree)):
+            q = law_at(oracle, draft, node, params)
+            before: list[int] = []
+            for slot_id in tree.slots_of[node]:
+                expected = q.copy()
+                if draw == "without-replacement":
+                    expected[before] = 0.0
+                law = tree.slots[slot_id].law
+                assert law is not None
+                np.testing.assert_allclose(law.dense(), expected / expected.sum(), rtol=1e-5)
+                before.append(tree.tokens[tree.slots[slot_id].node])
+        require_lawful(tree, "topdown", VOCAB)
+
+
+@pytest.mark.parametrize("draw", ["iid", "without-replacement", "pick"])
+def test_every_node_gets_its_slots(draw: Draw) -> None:
+    oracle = Oracle(2)
+    (grown,) = grow([growth((2, 1, 3), draw)], [oracle])
+    tree = grown.tree
+    for node in range(len(tree)):
+        width = (2, 1, 3, 0)[tree.depths[node]]
+        assert len(tree.slots_of[node]) == width
+        if draw != "iid":
+            assert len(tree.children(node)) == width
+    assert oracle.calls == [1, 1, 1]  # one pass per level
+
+
+@pytest.mark.parametrize("draw", ["iid", "without-replacement", "pick"])
+def test_what_cannot_come_is_not_proposed(draw: Draw) -> None:
+    (grown,) = grow([growth((4, 3), draw)], [Oracle(3, support=2)])
+    assert set(grown.tree.tokens[1:]) <= {0, 1}
+    if draw != "iid":
+        assert len(grown.tree.children(0)) == 2  # two tokens are all there are
+
+
+def best(scores: np.ndarray, count: int) -> list[int]:
+    return np.argsort(-scores, kind="stable")[:count].tolist()
+
+
+def test_picks_are_the_best_in_order() -> None:
+    oracle = Oracle(4)
+    (grown,) = grow([growth((3, 1, 2), "pick")], [oracle])
+    tree = grown.tree
+    for node in range(len(tree)):
+        if tree.depths[node] < 3:
+            row = oracle.row(text_to(grown.drafts[0], node)).numpy()
+            children = [tree.tokens[child] for child in tree.children(node)]
+            assert children == best(row, (3, 1, 2)[tree.depths[node]])
+    assert all(slot.law is not None and slot.law.is_pick for slot in tree.slots)
+
+
+def test_seeded_picks_share_the_targets_noise() -> None:
+    oracle, params = Oracle(5), SamplingParams(temperature=0.7, top_p=0.9, seed=11)
+    noise = SeededNoise(11, 2, VOCAB)
+    (grown,) = grow([growth((3, 2), "pick", params=params, noise=noise)], [oracle])
+    tree, draft = grown.tree, grown.drafts[0]
+    for node in range(len(tree)):
+        depth = tree.depths[node]
+        if depth < 2:
+            law = law_at(oracle, draft, node, params)
+            with np.errstate(divide="ignore"):
+                scores = np.log(law) + gumbel_noise(11, 2, len(draft.tokens) + depth, VOCAB)
+            possible = [token for token in best(scores, (3, 2)[depth]) if law[token] > 0]
+            assert [tree.tokens[child] for child in tree.children(node)] == possible
+
+
+def shape_of(tree: TokenTree) -> list[tuple[int, int]]:
+    return list(zip(tree.parents, tree.tokens, strict=True))
+
+
+def mixed_growths() -> list[Growth]:
+    """Requests of every kind and of different depths."""
+    return [
+        growth((2, 1), "pick", key=0),
+        growth((1, 2, 2), "iid", key=1, params=SamplingParams(temperature=0.5)),
+        growth((3,), "pick", key=2, noise=SeededNoise(7, 0, VOCAB)),
+        growth((1, 1, 1, 1), "without-replacement", key=3),
+        growth((2, 2), "pick", key=4),
+        growth((2,), "iid", key=5),
+    ]
+
+
+@pytest.mark.parametrize("num_drafters", [1, 2])
+def test_a_batch_grows_what_each_would_alone(num_drafters: int) -> None:
+    oracles = [Oracle(6), Oracle(7)][:num_drafters]
+    together = grow(mixed_growths(), oracles)
+    assert oracles[0].calls == [6, 4, 2, 1]  # a pass per level for all that are open
+    for index, grown in enumerate(together):
+        (alone,) = grow([mixed_growths()[index]], oracles)
+        assert shape_of(grown.tree) == shape_of(alone.tree)
+        assert [s[:3] for s in grown.tree.slots] == [s[:3] for s in alone.tree.slots]
+
+
+@pytest.mark.parametrize("draw", ["iid", "without-replacement", "pick"])
+def test_two_drafters_keep_their_slots_and_laws(draw: Draw) -> None:
+    oracles = [Oracle(8), Oracle(9)]
+    for key in range(10):
+        (grown,) = grow([growth((3, 2), draw, key=key)], oracles)
+        require_lawful(grown.tree, "traversal", VOCAB)
+        slots = [(slot, grown.tree) for slot in grown.tree.slots]
+        assert len(slots) == sum(len(draft.tree.slots) for draft in grown.drafts)
+        for source, draft in enumerate(grown.drafts):
+            of = grown.maps[source]
+            assert [grown.tree.tokens[of[n]] for n in range(len(draft.tree))] == draft.tree.tokens
+            merged = {
+                (slot.parent, slot.node, id(slot.law and slot.law.rows))
+                for slot in grown.tree.slots
+                if slot.source == source
+            }
+            own = {
+                (of[slot.parent], of[slot.node], id(slot.law and slot.law.rows))
+                for slot in draft.tree.slots
+            }
+            assert merged == own
+            check_own_paths(grown, source)
+
+
+def check_own_paths(grown: Grown, source: int) -> None:
+    """The part of each path that a drafter is told of is the part that it proposed."""
+    of = grown.maps[source]
+    for node in range(len(grown.tree)):
+        path = grown.tree.path(node)
+        own = grown.own_path(source, path)
+        assert [of[each] for each in own] == path[: len(own)]
+        assert len(own) == len(path) or path[len(own)] not in of
+        assert own == grown.drafts[source].tree.path(own[-1] if own else 0)
