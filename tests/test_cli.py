@@ -1,0 +1,459 @@
+"""The command line, in this process where possible: one loaded pair serves most tests."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from specinfer.cli import app
+from specinfer.cli.options import _GROUPS, Asked, read_help, shown
+from specinfer.llm import LLM
+from specinfer.request import UNBUILT_FIELDS, SamplingParams
+
+ROOT = Path(__file__).parent.parent
+DRAFT = ROOT / "specinfer" / "zoo" / "parley-draft"
+STORY = ("Tell me a story", "--chat", "--temperature", "0", "--max-tokens", "24")
+
+
+def run(*args: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, list(args), input=stdin)
+
+
+@pytest.fixture(scope="module")
+def pair() -> LLM:
+    return LLM("zoo:parley", drafters=["zoo:parley-draft"])
+
+
+@pytest.fixture
+def loaded(pair: LLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    """The commands get the loaded pair, with its own context and the trees asked for."""
+
+    def load(asked: Asked) -> LLM:
+        pair.engine.set_speculation(asked.speculation)
+        return pair
+
+    monkeypatch.setattr(Asked, "load", load)
+    yield pair
+    assert not pair.engine.has_work, "a request was left behind"
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+Breakage = Callable[[Path], None]
+
+
+def rewrite_config(**changes: Any) -> Breakage:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def rewrite_weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Breakage:
+    def rewrite(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return rewrite
+
+
+def truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+
+
+def lose_shard(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def wrong_shape(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.norm.weight"] = torch.ones(7)
+
+
+def lose_tensor(weights: dict[str, torch.Tensor]) -> None:
+    del weights["model.norm.weight"]
+
+
+def other_vocabulary(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = list(vocab)[2000:2002]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    file.write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("breakage", "words"),
+    [
+        pytest.param(lambda f: (f / "model.safetensors").unlink(), ["no weights"], id="no weights"),
+        pytest.param(lambda f: (f / "config.json").unlink(), ["no config.json"], id="no config"),
+        pytest.param(
+            lambda f: (f / "config.json").write_text("{"), ["config.json"], id="half json"
+        ),
+        pytest.param(lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json"], id="tokenizer"),
+        pytest.param(lose_shard, ["lacks model-00002-of-00002.safetensors"], id="missing shard"),
+        pytest.param(truncate, ["model.safetensors", "truncated"], id="truncated"),
+        pytest.param(
+            rewrite_weights(wrong_shape), ["model.norm.weight", "[7]", "[192]"], id="wrong shape"
+        ),
+        pytest.param(
+            rewrite_weights(lose_tensor),
+            ["lacks model.norm.weight"],
+            id="missing tensor",
+        ),
+        pytest.param(
+            rewrite_config(architectures=["MambaForCausalLM"], model_type="mamba"),
+            ["MambaForCausalLM"],
+            id="unknown architecture",
+        ),
+    ],
+)
+def test_a_broken_model_folder(breakage: Breakage, words: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(DRAFT, folder)
+    breakage(folder)
+    refuses(run("generate", "Hi", "--model", str(folder)), words)
+
+
+def test_a_drafter_with_another_vocabulary(tmp_path: Path) -> None:
+    shutil.copytree(DRAFT, tmp_path / "other")
+    other_vocabulary(tmp_path / "other")
+    result = run("generate", "Hi", "--drafter", str(tmp_path / "other"))
+    refuses(result, ["another vocabulary", "share"])
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["Hi", "--model", "/no/such/folder"], ["/no/such/folder", "zoo:NAME"]),
+        (["Hi", "--model", "zoo:nobody"], ["zoo:nobody", "zoo:parley"]),
+        (["Hi", "--model", "nobody/no-such-model"], ["nobody/no-such-model", "hub"]),
+        (["Hi", "--drafter", "ngram"], ["ngram", "not built"]),
+        (["Hi", "--drafter", "none", "--drafter", "zoo:parley-draft"], ["--drafter none"]),
+        (["Hi", "--drafter", "none", "--tree", "1,1"], ["--tree 1,1", "--drafter"]),
+        ([""], ["prompt is empty"]),
+        (["Hi", "--file", "also"], ["--file"]),
+        (["--file", "/no/such/file"], ["/no/such/file", "No such file"]),
+        (["Hi " * 3000], ["6000 tokens", "2048", "max_model_len"]),
+        (["Hi", "--temperature", "-0.1"], ["temperature=-0.1", "at least 0"]),
+        (["Hi", "--temperature", "nan"], ["temperature=nan", "at least 0"]),
+        (["Hi", "--top-p", "0"], ["top_p=0.0", "(0, 1]"]),
+        (["Hi", "--top-p", "1.5"], ["top_p=1.5", "(0, 1]"]),
+        (["Hi", "--max-tokens", "0"], ["max_tokens=0", "at least 1"]),
+        (["Hi", "--n", "0"], ["n=0", "at least 1"]),
+        (["Hi", "--tree", "1,0,x"], ["tree='1,0,x'", "widths"]),
+        (["Hi", "--tree", "sequoia"], ["sequoia", "not built"]),
+        (["Hi", "--verifier", "wrong"], ["verifier='wrong'", "topdown"]),
+        (["Hi", "--kv-cache-memory", "1000"], ["kv_cache_memory=1000", "at least", "bytes"]),
+        (["Hi", "--max-model-len", "5000"], ["max_model_len=5000", "2048"]),
+        (["Hi", "--max-num-seqs", "0"], ["max_num_seqs=0"]),
+        (["Hi", "--dtype", "int3"], ["dtype='int3'", "bfloat16"]),
+        (["Hi", "--device", "abacus"], ["device='abacus'", "cpu"]),
+        (["Hi", "--speculative-config", "{"], ["speculative_config", "no JSON"]),
+        (["Hi", "--speculative-config", '{"method": "ngram"}'], ["method='ngram'"]),
+        (["Hi", "--speculative-config", '{"modle": "x"}'], ["'modle'", "num_speculative_tokens"]),
+        (["Hi", "--speculative-config", "{}", "--drafter", "x"], ["give one"]),
+        (["Hi", "--speculative-config", "{}", "--tree", "1"], ["give one"]),
+    ],
+)
+def test_bad_input_is_one_sentence(args: list[str], words: list[str]) -> None:
+    refuses(run("generate", *args), words)
+
+
+def refuses(result: Result, words: list[str]) -> None:
+    """One sentence on standard error, nothing on standard output, exit code 2."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "Hi", "--no-such-flag"],
+        ["generate", "Hi", "--presence-penalty", "1"],
+        ["generate", "Hi", "--max-tokens", "many"],
+        ["tree", "Hi", "--steps", "0"],
+        ["no-such-command"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(args: list[str]) -> None:
+    result = run(*args)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+def test_other_commands_refuse_too(loaded: LLM, tmp_path: Path) -> None:
+    refuses(run("tree", "Hi", "--n", "2"), ["n=2"])
+    refuses(run("tree", "Hi", "--svg", str(tmp_path / "no" / "file.svg")), ["no/file.svg"])
+    refuses(run("chat", "--n", "2"), ["n=2"])
+    refuses(run("bench", "latency", "--drafter", "none"), ["--drafter"])
+    refuses(run("bench", "latency", "--tree", "off"), ["--tree"])
+    refuses(run("bench", "latency", ""), ["prompt is empty"])
+    refuses(run("generate", "--lines", stdin="\n\n"), ["no prompt"])
+    refuses(run("generate", stdin=""), ["prompt is empty"])
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
+def test_every_built_field_is_a_flag_with_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    text = run("generate", "--help").stdout
+    for _, group in _GROUPS:
+        for field in shown(group):
+            name = (
+                "engine_seed"
+                if group.__name__ == "EngineConfig" and field.name == "seed"
+                else field.name
+            )
+            assert f"--{name.replace('_', '-')}" in text
+            assert read_help(group).get(field.name), f"{group.__name__}.{field.name} has no help"
+    for name in UNBUILT_FIELDS:
+        assert f"--{name.replace('_', '-')}" not in text
+
+
+def test_flags_become_the_dataclasses() -> None:
+    given = {"temperature": 0.5, "stop": ["a", "b"], "tree": "2,1", "engine_seed": 7, "seed": 3}
+    asked = Asked.read(given)
+    assert asked.sampling == {"temperature": 0.5, "stop": ["a", "b"], "seed": 3}
+    assert (asked.speculation.tree, asked.engine.seed) == ("2,1", 7)
+    assert asked.drafters == ("zoo:parley-draft",)
+    assert Asked.read({"model": "zoo:parley-draft"}).drafters == ()
+    assert Asked.read({"drafter": ["none"]}).drafters == ()
+
+
+def test_speculative_config_names_drafter_and_tree() -> None:
+    config = {"model": "zoo:parley-draft", "num_speculative_tokens": 3, "method": "draft_model"}
+    asked = Asked.read({"speculative_config": json.dumps(config), "verifier": "topdown"})
+    assert asked.drafters == ("zoo:parley-draft",)
+    assert (asked.speculation.tree, asked.speculation.verifier) == ("1,1,1", "topdown")
+
+
+def test_help_imports_nothing_slow() -> None:
+    code = (
+        "import sys, specinfer.cli as c\n"
+        "try: c.app(['generate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(*{'torch', 'transformers', 'numpy'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stderr.strip() == ""
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("loaded")
+def test_generate_writes_what_python_gives(pair: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=24)
+    [output] = pair.chat([{"role": "user", "content": "Tell me a story"}], params)
+    result = run("generate", *STORY)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == output.outputs[0].text + "\n"
+    assert result.stderr == ""
+    raw = run("generate", "Once upon a", "--temperature", "0", "--max-tokens", "24")
+    [output] = pair.generate("Once upon a", params)
+    assert raw.stdout == output.outputs[0].text + "\n"
+
+
+@pytest.mark.usefixtures("loaded")
+def test_generate_reads_files_and_pipes(tmp_path: Path) -> None:
+    expected = run("generate", *STORY).stdout
+    file = tmp_path / "prompt.txt"
+    file.write_text(STORY[0] + "\n")
+    assert run("generate", "--file", str(file), *STORY[1:]).stdout == expected
+    assert run("generate", *STORY[1:], stdin=STORY[0] + "\n").stdout == expected
+    assert run("generate", "-", *STORY[1:], stdin=STORY[0]).stdout == expected
+
+
+@pytest.mark.usefixtures("loaded")
+def test_generate_prints_stats() -> None:
+    result = run("generate", *STORY, "--stats")
+    assert "per step" in result.stderr
+    assert "1:" in next(line for line in result.stderr.splitlines() if "by depth" in line)
+    for part in ("zoo:parley-draft", "draft", "target", "verify", "commit", "other", "tokens/s"):
+        assert part in result.stderr
+
+
+@pytest.mark.usefixtures("loaded")
+def test_generate_prints_json() -> None:
+    result = run("generate", *STORY, "--json")
+    found = json.loads(result.stdout)
+    assert found["prompt"] == STORY[0]
+    assert found["outputs"][0]["text"] + "\n" == run("generate", *STORY).stdout
+    assert found["outputs"][0]["finish_reason"] == "length"
+    stats = found["stats"]
+    assert stats["tokens_per_step"] == 24 / stats["num_target_steps"] > 1
+    assert found["time"]["seconds"].keys() >= {"draft", "target", "verify"}
+
+
+@pytest.mark.usefixtures("loaded")
+def test_generate_serves_lines_together() -> None:
+    flags = ("--temperature", "0", "--max-tokens", "12", "--lines")
+    result = run("generate", *flags, "--json", stdin="Once upon a\n\nThe fox\n")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["Once upon a", "The fox"]
+    text = run("generate", *flags, stdin="Once upon a\n\nThe fox\n").stdout
+    assert text == "".join(
+        f"==> {row['prompt']} <==\n{row['outputs'][0]['text']}\n\n" for row in rows
+    )
+    assert run("generate", "Hi", "--n", "2", "--max-tokens", "4").stdout.count("<==") == 2
+
+
+# --- chat -----------------------------------------------------------------------------------------
+
+CHAT = ("chat", "--temperature", "0", "--max-tokens", "12")
+
+
+def test_chat_remembers_and_forgets(pair: LLM, loaded: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=12)
+
+    def answer(*messages: str) -> str:
+        roles = ("user", "assistant") * len(messages)
+        chat = [{"role": r, "content": m} for r, m in zip(roles, messages, strict=False)]
+        return pair.chat(chat, params)[0].outputs[0].text
+
+    first = answer("Hello")
+    second = answer("Hello", first, "And then?")
+    result = run(*CHAT, stdin="Hello\n\nAnd then?\n/reset\nHello\n/exit\nnever\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{first}\n{second}\n{first}\n"
+    assert "starts anew" in result.stderr
+
+
+@pytest.mark.usefixtures("loaded")
+def test_chat_knows_its_commands() -> None:
+    result = run("chat", "--max-tokens", "3", "--stats", stdin="/nonsense\n/help\nHello")
+    assert result.exit_code == 0
+    assert "/nonsense is no command" in result.stderr
+    assert "cut at max_tokens=3" in result.stderr
+    assert "per step)" in result.stderr
+
+
+def test_chat_says_when_the_context_is_full(loaded: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded.engine, "max_model_len", 24)
+    stdin = f"Hello\n{'word ' * 30}\n/reset\nHello\n"
+    result = run("chat", "--temperature", "0", "--ignore-eos", stdin=stdin)
+    assert result.exit_code == 0, result.output
+    assert "the context is full: say /reset" in result.stderr
+    assert "the context holds 24: say /reset" in result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == second
+
+
+# --- tree, bench, models --------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("loaded")
+def test_tree_draws_in_the_terminal_and_as_svg(tmp_path: Path) -> None:
+    file = tmp_path / "tree.svg"
+    result = run("tree", *STORY, "--steps", "3", "--svg", str(file))
+    assert result.exit_code == 0, result.output
+    assert "step 3:" in result.stdout
+    assert "step 4:" not in result.stdout
+    assert "━" in result.stdout
+    root = ElementTree.parse(file).getroot()
+    words = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "Tell me a story" in words
+    assert sum(word is not None and word.startswith("step ") for word in words) == 3
+
+
+@pytest.mark.usefixtures("loaded")
+def test_tree_json_spells_the_text() -> None:
+    found = json.loads(run("tree", *STORY, "--steps", "99", "--json").stdout)
+    text = "".join(step["text"] for step in found["steps"])
+    assert text + "\n" == run("generate", *STORY).stdout
+    for step in found["steps"]:
+        states = [node["state"] for node in step["nodes"]]
+        assert states.count("accepted") == step["num_accepted"]
+        assert states[0] == "root"
+        assert all(node["parent"] < index for index, node in enumerate(step["nodes"]))
+
+
+@pytest.mark.usefixtures("loaded")
+def test_bench_latency_compares(tmp_path: Path) -> None:
+    flags = ("--pairs", "2", "--max-tokens", "8", "--tree", "1,1")
+    result = run("bench", "latency", "Hi", "Hello", *flags, "--json", str(tmp_path / "b.json"))
+    assert result.exit_code == 0, result.output
+    assert "4 of 4" in result.stdout
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["systems"]["plain"]["tokens_per_step"] == 1.0
+    assert found["systems"]["tree"]["tokens_per_step"] > 1.0
+    assert len(found["systems"]["tree"]["runs"]) == 4
+    printed = run("bench", "latency", "Hi", *flags, "--json", "-")
+    assert json.loads(printed.stdout)["prompts"] == ["Hi"]
+
+
+def test_models_lists_the_zoo() -> None:
+    rows = json.loads(run("models", "--json").stdout)
+    assert [row["name"] for row in rows] == ["zoo:parley", "zoo:parley-draft"]
+    assert [round(row["num_parameters"] / 1e6, 1) for row in rows] == [11.0, 1.6]
+    assert "zoo:parley-draft" in run("models").stdout
+
+
+# --- as a process ---------------------------------------------------------------------------------
+
+
+def start(*args: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "specinfer", *args],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_ctrl_c_ends_cleanly() -> None:
+    process = start("generate", "Once", "--ignore-eos", "--tree", "off")
+    assert process.stdout
+    assert process.stdout.read(5)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert rest.endswith("\n")
+    assert errors == ""
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    process = start("generate", "Once", "--ignore-eos", "--max-tokens", "200", "--stats")
+    assert process.stdout
+    assert process.stdout.read(5)
+    process.stdout.close()
+    with process:
+        assert process.stderr
+        assert process.stderr.read() == ""
+
+
+def test_help_is_quick() -> None:
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        assert start("--help").communicate()[0]
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 1.0  # 0.3 s on an idle machine
