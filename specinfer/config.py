@@ -74,9 +74,11 @@ class Speculation:
         if self.tree not in ("auto", "off"):
             parse_tree(self.tree)
         if self.verifier not in get_args(VerifierName):
-            raise ConfigError(f"verifier={self.verifier!r}: use one of {get_args(VerifierName)}")
+            raise ConfigError(
+                f"verifier={self.verifier!r}: use one of {', '.join(get_args(VerifierName))}"
+            )
         if self.draw not in get_args(Draw):
-            raise ConfigError(f"draw={self.draw!r}: use one of {get_args(Draw)}")
+            raise ConfigError(f"draw={self.draw!r}: use one of {', '.join(get_args(Draw))}")
         for name in ("max_nodes", "max_depth"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from specinfer.cli import app
-from specinfer.cli.options import _GROUPS, Asked, read_help, shown
+from specinfer.cli.chat import _Chat
+from specinfer.cli.options import _GROUPS, _RENAMED, Asked, read_help, shown
 from specinfer.llm import LLM
 from specinfer.request import UNBUILT_FIELDS, SamplingParams
 
@@ -215,6 +216,26 @@ def test_other_commands_refuse_too(loaded: LLM, tmp_path: Path) -> None:
     refuses(run("generate", stdin=""), ["prompt is empty"])
 
 
+def test_text_that_is_no_unicode() -> None:
+    refuses(run("generate", "\udcff"), ["lone surrogate"])
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_full_disk_is_a_sentence() -> None:
+    result = run("tree", *STORY, "--steps", "1", "--svg", "/dev/full")
+    assert result.exit_code == 1
+    assert result.stderr == "error: [Errno 28] No space left on device\n"
+
+
+def test_what_a_model_asks_for_and_is_not_built_is_said(
+    loaded: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = {"repetition_penalty": 1.1, "top_p": 0.8}
+    monkeypatch.setattr(loaded.tokenizer, "generation_defaults", defaults)
+    with pytest.warns(UserWarning, match="repetition_penalty, which is not built yet"):
+        assert loaded.default_sampling_params().top_p == 0.8
+
+
 # --- flags ----------------------------------------------------------------------------------------
 
 
@@ -223,11 +244,7 @@ def test_every_built_field_is_a_flag_with_help(monkeypatch: pytest.MonkeyPatch) 
     text = run("generate", "--help").stdout
     for _, group in _GROUPS:
         for field in shown(group):
-            name = (
-                "engine_seed"
-                if group.__name__ == "EngineConfig" and field.name == "seed"
-                else field.name
-            )
+            name = _RENAMED.get((group, field.name), field.name)
             assert f"--{name.replace('_', '-')}" in text
             assert read_help(group).get(field.name), f"{group.__name__}.{field.name} has no help"
     for name in UNBUILT_FIELDS:
@@ -363,6 +380,50 @@ def test_chat_says_when_the_context_is_full(loaded: LLM, monkeypatch: pytest.Mon
     assert "the context holds 24: say /reset" in result.stderr
     first, second = result.stdout.splitlines()
     assert first == second
+
+
+def interactive(llm: LLM, monkeypatch: pytest.MonkeyPatch, *lines: Any) -> _Chat:
+    """A chat at a terminal where these lines are typed; an exception class is raised instead."""
+    typed = iter(lines)
+
+    def read(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
+    params = SamplingParams(temperature=0, max_tokens=12)
+    return _Chat(llm, params, is_terminal=True, has_stats=False)
+
+
+def test_two_ctrl_c_at_the_prompt_end_a_chat(pair: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = KeyboardInterrupt
+    chat = interactive(pair, monkeypatch, stop, "Hello", stop, stop, "never")
+    chat.run()
+    assert len(chat.messages) == 2
+    interactive(pair, monkeypatch, EOFError).run()
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(
+    loaded: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = []
+
+    def write(text: str) -> None:
+        if not written:
+            os.kill(os.getpid(), signal.SIGINT)
+        written.append(text)
+
+    monkeypatch.setattr("specinfer.cli.chat.write_now", write)
+    chat = interactive(loaded, monkeypatch, "Tell me a story", KeyboardInterrupt)
+    chat.params = SamplingParams(temperature=0, max_tokens=200)
+    chat.run()
+    assert "(stopped)" in capsys.readouterr().err
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+    assert 0 < len(chat.messages[1]["content"]) < 100
+    [output] = loaded.generate("Once upon a", SamplingParams(temperature=0, max_tokens=8))
+    assert output.finished
 
 
 # --- tree, bench, models --------------------------------------------------------------------------

@@ -185,8 +185,9 @@ def _print_table(results: dict[str, Result], caption: str) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("", "tokens/s (quartiles)", "speed-up", "tokens/step", "same text"):
-        table.add_column(column, justify="right" if column else "left")
+    table.add_column("")
+    for column in ("tokens/s (quartiles)", "speed-up", "tokens/step", "same text"):
+        table.add_column(column, justify="right", overflow="fold")
     for name, result in results.items():
         speed = result.tokens_per_s
         table.add_row(

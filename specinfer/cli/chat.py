@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specinfer.cli.generate import write_now
+from specinfer.cli.generate import as_conversation, write_now
 from specinfer.cli.options import Asked
 from specinfer.cli.stream import stream_text
-from specinfer.errors import RequestError
+from specinfer.errors import CapacityError, RequestError
 
 if TYPE_CHECKING:
     from specinfer.llm import LLM
@@ -33,6 +33,7 @@ def chat(
     params = asked.params(llm)
     if params.n != 1:
         raise RequestError(f"n={params.n}: a chat has one answer at a time")
+    llm.tokenizer.render_chat(as_conversation("Hi"))  # refuses a model without a template now
     if is_terminal:
         import readline  # noqa: F401 - lets input() edit lines and remember them
 
@@ -94,25 +95,25 @@ class _Chat:
             typer.echo(f"error: {command} is no command: {_HELP}", err=True)
 
     def _answer(self, text: str) -> None:
-        self.messages.append({"role": "user", "content": text})
-        prompt = self.llm.tokenizer.apply_chat_template(self.messages)
-        limit = self.llm.engine.max_model_len
-        if len(prompt) >= limit:
-            self.messages.pop()
-            typer.echo(
-                f"error: the conversation would have {len(prompt)} tokens and the context holds "
-                f"{limit}: say /reset to start anew, or say less",
-                err=True,
-            )
-            return
+        messages = [*self.messages, {"role": "user", "content": text}]
         try:
+            prompt = self.llm.tokenizer.apply_chat_template(messages)
+            self._check_room(len(prompt))
             output = stream_text(self.llm, prompt, self.params, write_now)
-        except RequestError:
-            self.messages.pop()
-            raise
+        except (RequestError, CapacityError) as error:
+            typer.echo(f"error: {error}", err=True)
+            return
         typer.echo()
-        self.messages.append({"role": "assistant", "content": output.outputs[0].text})
+        self.messages = [*messages, {"role": "assistant", "content": output.outputs[0].text}]
         self._tell_end(output)
+
+    def _check_room(self, num_tokens: int) -> None:
+        limit = self.llm.engine.max_model_len
+        if num_tokens >= limit:
+            raise RequestError(
+                f"the conversation would have {num_tokens} tokens and the context holds {limit}: "
+                "say /reset to start anew, or say less"
+            )
 
     def _tell_end(self, output: "RequestOutput") -> None:
         choice, stats = output.outputs[0], output.stats

@@ -107,10 +107,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 def _read_stdin(is_asked: bool) -> str:
     if sys.stdin.isatty() and not is_asked:
         raise ConfigError("there is no prompt: give it as an argument, with --file or on stdin")
-    try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError:
-        raise ConfigError("standard input is no UTF-8 text") from None
+    return sys.stdin.read().removesuffix("\n")
 
 
 def as_conversation(prompt: str) -> list[dict[str, str]]:

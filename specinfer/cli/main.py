@@ -1,12 +1,15 @@
 """The commands, and what every one of them does with errors, Ctrl-C and a closed pipe.
 
-A `SpecInferError` is one sentence on standard error and exit code 2, as are wrong flags; Ctrl-C is
-130, and a reader that goes away (`| head -1`) is no error worth a word.
+A `SpecInferError` is one sentence on standard error and exit code 2, as are wrong flags; a
+full disk is 1; Ctrl-C is 130, and a reader that goes away (`| head -1`) is no error worth a word.
 """
 
+import errno
+import os
 import sys
 import warnings
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +34,11 @@ class _Group(TyperGroup):
         except SpecInferError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # typer ends without a word
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
@@ -55,9 +63,17 @@ def prepare(
         typer.echo(f"specinfer {__version__}")
         raise typer.Exit()
     warnings.showwarning = _show_warning
-    for stream in (sys.stdout, sys.stderr):
+    for name, errors in (
+        ("stdin", "surrogateescape"),
+        ("stdout", "replace"),
+        ("stderr", "replace"),
+    ):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us
+            stream = Path(os.devnull).open("r" if name == "stdin" else "w")  # noqa: SIM115
+            setattr(sys, name, stream)
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to fail
+            stream.reconfigure(errors=errors)  # a terminal without UTF-8 is no reason to fail
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -54,9 +54,10 @@ def stream_text(
     try:
         with noted_interrupts() as interrupt:
             while not request.is_finished:
-                llm.engine.step()
                 if interrupt.was_pressed:
                     llm.abort([request])
+                else:
+                    llm.engine.step()
                 text = request.sequences[0].output.text
                 if len(text) > num_written:
                     write(text[num_written:])
