@@ -81,7 +81,9 @@ def bench_latency(
     llm = asked.load()
     results = _measure(llm, asked, [_encode(llm, text) for text in texts], pairs)
     if not to_stdout:
-        _print_table(results, f"medians of {len(texts)} prompts × {pairs} pairs, run in turns")
+        _print_table(results)
+        typer.echo(f"medians of {len(texts)} prompts × {pairs} pairs, run in turns")
+        typer.echo(_explain(llm, asked, results), nl=False)
     if json is not None:
         found = jsonlib.dumps(_describe(asked, texts, pairs) | _to_objects(results))
         if to_stdout:
@@ -179,7 +181,7 @@ def _to_objects(results: dict[str, Result]) -> dict[str, Any]:
     return {"systems": {name: asdict(result) for name, result in results.items()}}
 
 
-def _print_table(results: dict[str, Result], caption: str) -> None:
+def _print_table(results: dict[str, Result]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -198,4 +200,18 @@ def _print_table(results: dict[str, Result], caption: str) -> None:
             f"{result.same_text} of {len(result.runs)}",
         )
     Console().print(table)
-    typer.echo(caption)
+
+
+def _explain(llm: "LLM", asked: Asked, results: dict[str, Result]) -> str:
+    """Why texts can differ, where some do."""
+    if all(result.same_text == len(result.runs) for result in results.values()):
+        return ""
+    if not asked.params(llm).is_greedy and asked.sampling.get("seed") is None:
+        return "texts differ because they are sampled: --seed makes them comparable\n"
+    dtype = str(llm.engine.target.decoder.dtype).removeprefix("torch.")
+    if dtype == "float32":
+        return "texts differ, which float32 leaves to the rarest near-ties: please report it\n"
+    return (
+        f"rounding to {dtype} can decide between two nearly equal tokens, and it differs with the "
+        "number of tokens in a step: --dtype float32 shows whether that is why texts differ\n"
+    )
