@@ -6,6 +6,7 @@
 Prompts given together share every step.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -16,7 +17,7 @@ from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence as EngineSequence
 from specinfer.errors import ConfigError
 from specinfer.progress import count_tokens, show_loading
-from specinfer.request import RequestOutput, RequestStats, SamplingParams
+from specinfer.request import UNBUILT_FIELDS, RequestOutput, RequestStats, SamplingParams
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -124,8 +125,15 @@ class LLM:
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the model's generation_config.json asks for, with changes."""
-        known = SamplingParams.__dataclass_fields__
-        defaults = {k: v for k, v in self.tokenizer.generation_defaults.items() if k in known}
+        defaults = dict(self.tokenizer.generation_defaults)
+        for name in UNBUILT_FIELDS:
+            neutral = SamplingParams.__dataclass_fields__[name].default
+            if defaults.pop(name, neutral) != neutral and name not in changes:
+                warnings.warn(
+                    f"the model's generation_config.json sets {name}, which is not built yet: "
+                    "sampling without it",
+                    stacklevel=2,
+                )
         return SamplingParams(**(defaults | changes))
 
     def generate(

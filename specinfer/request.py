@@ -8,7 +8,7 @@ from specinfer.errors import ConfigError
 
 FinishReason = Literal["stop", "length", "abort"]
 
-_UNBUILT = (
+UNBUILT_FIELDS = (
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
@@ -41,6 +41,8 @@ class SamplingParams:
     max_tokens       output tokens at most; None: the rest of the context
     min_tokens       end tokens are not sampled before this many output tokens
     ignore_eos       go on past the model's end tokens
+    skip_special_tokens         leave special tokens out of the text
+    include_stop_str_in_output  keep the stop string in the text
 
     Filters apply in the order min_tokens, temperature, min_p, top_k, top_p.
     raises  ConfigError for a value out of range, or for a field that is not built yet
@@ -75,7 +77,7 @@ class SamplingParams:
     target_tpot_s: float | None = None
 
     def __post_init__(self) -> None:
-        for name in _UNBUILT:
+        for name in UNBUILT_FIELDS:
             if getattr(self, name) != _DEFAULTS[name]:
                 raise ConfigError(f"{name} is not built yet: leave it out")
         requirements = (

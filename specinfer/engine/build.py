@@ -40,6 +40,8 @@ def build_engine(
     raises  ModelError, ConfigError or CapacityError, with nothing half-done
     """
     place = _resolve_device(device)
+    if "ngram" in drafters:
+        raise ConfigError('drafter "ngram" is not built yet: give a small model')
     # Everything that can be refused cheaply is refused before weights are read.
     folders = [resolve_model(name) for name in (model, *drafters)]
     tokenizers = [Tokenizer.from_folder(folder) for folder in folders]

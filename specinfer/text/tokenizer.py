@@ -107,8 +107,16 @@ class Tokenizer:
         return self.backend.get_vocab() == other.backend.get_vocab()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; `add_special_tokens` puts those around it that the model expects (BOS)."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids; `add_special_tokens` puts those around it that the model expects (BOS).
+
+        raises  RequestError if the text could not be written as UTF-8
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            if not isinstance(text, str):
+                raise
+            raise RequestError("the text has a lone surrogate: give valid Unicode") from None
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of these ids, equal to what IncrementalDetokenizer streams.

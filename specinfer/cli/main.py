@@ -1,0 +1,88 @@
+"""The commands, and what every one of them does with errors, Ctrl-C and a closed pipe.
+
+A `SpecInferError` is one sentence on standard error and exit code 2, as are wrong flags; a
+full disk is 1; Ctrl-C is 130, and a reader that goes away (`| head -1`) is no error worth a word.
+"""
+
+import errno
+import os
+import sys
+import warnings
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from specinfer import __version__
+from specinfer.cli.bench import bench_latency
+from specinfer.cli.chat import chat
+from specinfer.cli.generate import generate
+from specinfer.cli.models import models
+from specinfer.cli.options import takes_options
+from specinfer.cli.tree import tree
+from specinfer.errors import SpecInferError
+
+
+class _Group(TyperGroup):
+    """Commands whose errors are sentences."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SpecInferError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # typer ends without a word
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Exact token-tree speculative decoding: language models answer faster and say the same.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
+
+
+@app.callback()
+def prepare(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    """Set up what all commands share: readable warnings, any terminal's encoding."""
+    if version:
+        typer.echo(f"specinfer {__version__}")
+        raise typer.Exit()
+    warnings.showwarning = _show_warning
+    for name, errors in (
+        ("stdin", "surrogateescape"),
+        ("stdout", "replace"),
+        ("stderr", "replace"),
+    ):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us
+            stream = Path(os.devnull).open("r" if name == "stdin" else "w")  # noqa: SIM115
+            setattr(sys, name, stream)
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=errors)  # a terminal without UTF-8 is no reason to fail
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
+app.command()(takes_options(generate))
+app.command()(takes_options(chat))
+app.command()(takes_options(tree))
+bench.command("latency")(takes_options(bench_latency))
+app.add_typer(bench, name="bench")
+app.command()(models)

@@ -1,0 +1,239 @@
+"""Flags made from the fields of the configuration: one name, one default, one line of help each.
+
+A command takes `asked: Asked`; `takes_options` puts the flags of the dataclasses in its place. Only
+what was given on the command line is passed on, so that a model's own defaults stay in force.
+"""
+
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, fields, replace
+from functools import wraps
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import typer
+
+from specinfer.config import EngineConfig, Speculation, read_speculative_config
+from specinfer.errors import ConfigError
+from specinfer.request import UNBUILT_FIELDS, SamplingParams
+
+if TYPE_CHECKING:
+    from specinfer.llm import LLM
+
+DEFAULT_MODEL = "zoo:parley"
+DEFAULT_DRAFTER = "zoo:parley-draft"
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Which models, and where.
+
+    model               a Hugging Face id, a folder, or zoo:NAME
+    drafter             the same, sharing the model's tokenizer; may be repeated; "none" for plain
+                        decoding (the default for any model but zoo:parley)
+    speculative_config  vLLM's JSON: model, num_speculative_tokens, speculative_token_tree
+    dtype               auto (the checkpoint's), bfloat16, float16 or float32
+    device              auto, cpu or cuda
+    """
+
+    model: str = DEFAULT_MODEL
+    drafter: Sequence[str] = (DEFAULT_DRAFTER,)
+    speculative_config: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+_GROUPS: tuple[tuple[str, type], ...] = (
+    ("Models", Loading),
+    ("Sampling (the model's generation_config.json may have other defaults)", SamplingParams),
+    ("Speculation", Speculation),
+    ("Engine", EngineConfig),
+)
+_RENAMED: dict[tuple[type, str], str] = {(EngineConfig, "seed"): "engine_seed"}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line asked for, checked as far as it can be without a model.
+
+    loading      the models' names and places
+    drafters     resolved from --drafter, --speculative-config and the default
+    sampling     the fields of SamplingParams that were given
+    """
+
+    loading: Loading
+    drafters: tuple[str, ...]
+    sampling: Mapping[str, Any]
+    speculation: Speculation
+    engine: EngineConfig
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> "Asked":
+        """Sort flags into their dataclasses.
+
+        given   by parameter name; None where a flag was not given
+        raises  ConfigError in one sentence
+        """
+        values: dict[type, dict[str, Any]] = {
+            group: {
+                name: given[flag]
+                for name, flag in _flag_names(group).items()
+                if given.get(flag) is not None
+            }
+            for _, group in _GROUPS
+        }
+        loading = Loading(**values[Loading])
+        speculation = Speculation(**values[Speculation])
+        SamplingParams(**values[SamplingParams])  # refuses before a model is loaded
+        if "drafter" in values[Loading] and loading.speculative_config is not None:
+            raise ConfigError("--drafter and --speculative-config both name drafters: give one")
+        if loading.speculative_config is not None:
+            if "tree" in values[Speculation]:
+                raise ConfigError("--tree and --speculative-config both give a tree: give one")
+            names, translated = read_speculative_config(loading.speculative_config)
+            speculation, drafters = replace(speculation, tree=translated.tree), tuple(names)
+        else:
+            drafters = _resolve_drafters(loading, "drafter" in values[Loading])
+        if not drafters and speculation.tree not in ("auto", "off"):
+            raise ConfigError(
+                f"--tree {speculation.tree} needs a drafter to grow it: give --drafter"
+            )
+        return cls(
+            loading,
+            drafters,
+            values[SamplingParams],
+            speculation,
+            EngineConfig(**values[EngineConfig]),
+        )
+
+    def load(self) -> "LLM":
+        """Load the models; shows what it does where standard error is a terminal."""
+        from rich.console import Console
+
+        with Console(stderr=True).status("starting PyTorch"):
+            from specinfer.llm import LLM
+        return LLM(
+            self.loading.model,
+            drafters=self.drafters,
+            speculation=self.speculation,
+            dtype=self.loading.dtype,
+            device=self.loading.device,
+            **{each.name: getattr(self.engine, each.name) for each in fields(EngineConfig)},
+        )
+
+    def params(self, llm: "LLM") -> SamplingParams:
+        """The model's own defaults under what was given; max_tokens: the rest of the context."""
+        return llm.default_chat_params(**self.sampling)
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter `asked` of a command by the flags of all dataclasses."""
+    own = [p for p in _signature(command) if p.name != "asked"]
+    flags = [_parameter(group, panel, field) for panel, group in _GROUPS for field in shown(group)]
+
+    @wraps(command)
+    def with_flags(**given: Any) -> None:
+        kept = {parameter.name: given.pop(parameter.name) for parameter in own}
+        command(**kept, asked=Asked.read(given))
+
+    parameters = own + flags
+    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {each.name: each.annotation for each in parameters}
+    return with_flags
+
+
+def shown(group: type) -> list[Field[Any]]:
+    """The fields that become flags: those that are built."""
+    return [each for each in fields(group) if each.name not in UNBUILT_FIELDS]
+
+
+def read_help(group: type) -> dict[str, str]:
+    """The docstring's table `name   meaning`, its continuation lines joined."""
+    names = {each.name for each in fields(group)}
+    texts: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for line in inspect.cleandoc(group.__doc__ or "").splitlines():
+        name, _, rest = line.partition(" ")
+        if name in names and rest.startswith(" "):
+            current = texts.setdefault(name, [])
+            current.append(rest.strip())
+        elif current is not None and line.startswith("  "):
+            current.append(line.strip())
+        else:
+            current = None
+    return {name: " ".join(parts) for name, parts in texts.items()}
+
+
+def _signature(command: Callable[..., None]) -> list[inspect.Parameter]:
+    hints = get_type_hints(command, include_extras=True)
+    parameters = inspect.signature(command).parameters.values()
+    return [
+        parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in parameters
+    ]
+
+
+def _flag_names(group: type) -> dict[str, str]:
+    return {each.name: _RENAMED.get((group, each.name), each.name) for each in shown(group)}
+
+
+def _parameter(group: type, panel: str, field: Field[Any]) -> inspect.Parameter:
+    name = _flag_names(group)[field.name]
+    flag = "--" + name.replace("_", "-")
+    kind = _flag_type(get_type_hints(group)[field.name])
+    option = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if field.default is True else flag,
+        help=_escape(_help(group, field)),
+        show_default=False,
+        rich_help_panel=panel,
+    )
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )
+
+
+def _flag_type(hint: Any) -> Any:
+    """int, float, bool or str, or a list of one of them for a flag that may be repeated."""
+    kinds = [hint]
+    if get_origin(hint) in (Union, types.UnionType):
+        kinds = [each for each in get_args(hint) if each is not type(None)]
+    for kind in kinds:
+        if get_origin(kind) is Sequence:
+            return list[get_args(kind)[0]]  # type: ignore[misc]
+    return str if get_origin(kinds[0]) is Literal else kinds[0]
+
+
+def _help(group: type, field: Field[Any]) -> str:
+    """The field's words for someone who types flags: there is no None to give."""
+    text = read_help(group).get(field.name, "").replace("; None: ", "; by default ")
+    default = field.default
+    if default is None or isinstance(default, bool) or "by default" in text:
+        return text
+    return f"{text} [default: {', '.join(default) if isinstance(default, tuple) else default}]"
+
+
+def _resolve_drafters(loading: Loading, were_given: bool) -> tuple[str, ...]:
+    if not were_given:
+        return (DEFAULT_DRAFTER,) if loading.model == DEFAULT_MODEL else ()
+    if "none" not in loading.drafter:
+        return tuple(loading.drafter)
+    if len(loading.drafter) > 1:
+        raise ConfigError("--drafter none cannot be combined with other drafters: give one or none")
+    return ()
+
+
+def _escape(text: str) -> str:
+    """Brackets as they are: rich would read them as markup."""
+    return text.replace("[", "\\[")

@@ -1,0 +1,81 @@
+"""What a run did, for people (`--stats`) and for programs (`--json`)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from specinfer.errors import ConfigError
+from specinfer.request import RequestOutput, RequestStats
+
+if TYPE_CHECKING:
+    from specinfer.llm import LLM
+
+
+def to_object(output: RequestOutput) -> dict[str, Any]:
+    """The output's fields as they are in Python, with the ratio that `stats` computes."""
+    fields = asdict(output)
+    fields["stats"]["tokens_per_step"] = output.stats.tokens_per_step
+    return fields
+
+
+def print_json(value: Any) -> None:
+    """One line on standard output."""
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def timing(llm: "LLM", wall_s: float) -> dict[str, Any]:
+    """Where the time went since the engine's counts were reset: seconds, part by part."""
+    parts = dict(llm.engine.stats.seconds)
+    parts["other"] = max(0.0, wall_s - sum(parts.values()))
+    return {"wall_s": wall_s, "num_steps": llm.engine.stats.num_steps, "seconds": parts}
+
+
+def add_up(outputs: Sequence[RequestOutput]) -> RequestStats:
+    """The requests' counts together."""
+    total = RequestStats()
+    for output in outputs:
+        total.add(output.stats)
+    return total
+
+
+def print_stats(stats: RequestStats, time: Mapping[str, Any]) -> None:
+    """Tokens per step, acceptance and time by part, on standard error."""
+    wall_s, num_steps = time["wall_s"], time["num_steps"]
+    rate = stats.num_output_tokens / wall_s if wall_s else 0.0
+    rows = [
+        (
+            "tokens",
+            f"{stats.num_output_tokens} in {stats.num_target_steps} steps = "
+            f"{stats.tokens_per_step:.2f} per step",
+        ),
+        ("speed", f"{rate:.1f} tokens/s ({wall_s:.2f} s)"),
+    ]
+    if stats.num_drafted:
+        share = stats.num_accepted / stats.num_drafted
+        rows += [
+            ("drafted", f"{stats.num_drafted}, accepted {stats.num_accepted} ({share:.0%})"),
+            ("by depth", _depths(stats)),
+            *(("by source", f"{name} {count}") for name, count in stats.accepted_by_source.items()),
+        ]
+    for part, seconds in time["seconds"].items():
+        share = seconds / wall_s if wall_s else 0.0
+        per_step = 1e3 * seconds / num_steps if num_steps else 0.0
+        rows.append((part, f"{per_step:7.2f} ms per step {share:6.1%}"))
+    for name, text in rows:
+        typer.echo(f"{name:>10}  {text}", err=True)
+
+
+def _depths(stats: RequestStats) -> str:
+    """Share of the steps that accepted a token at depth 1, 2, ..."""
+    shares = (count / stats.num_target_steps for count in stats.accepted_by_depth)
+    return " ".join(f"{depth}:{share:.0%}" for depth, share in enumerate(shares, start=1))
+
+
+def check_writable(file: Path) -> None:
+    """Refuse what could not be written before anything is computed."""
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise ConfigError(f"{file} cannot be written: give a file in a folder that exists")

@@ -1,0 +1,21 @@
+"""What the tests of the command line share: run it in this process, and what a refusal is."""
+
+from typer.testing import CliRunner, Result
+
+from specinfer.cli import app
+
+STORY = ("Tell me a story", "--chat", "--temperature", "0", "--max-tokens", "24")
+
+
+def run(*args: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, list(args), input=stdin)
+
+
+def refuses(result: Result, words: list[str]) -> None:
+    """One sentence on standard error, nothing on standard output, exit code 2."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr

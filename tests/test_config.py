@@ -1,0 +1,119 @@
+"""What was asked for: shapes, limits, and vLLM's way of saying the same."""
+
+import json
+from typing import Any
+
+import pytest
+
+from specinfer.config import (
+    EngineConfig,
+    Speculation,
+    count_nodes,
+    parse_tree,
+    read_speculative_config,
+)
+from specinfer.errors import ConfigError
+
+
+def test_a_shape_counts_its_nodes() -> None:
+    assert parse_tree("1, 1,3") == (1, 1, 3)
+    assert count_nodes((1, 1, 3, 1, 1, 1, 1, 1)) == 20
+    assert count_nodes(()) == 0
+    assert Speculation(max_depth=3).widths == (1, 1, 3)
+    assert Speculation(tree="2,2,2", max_nodes=6).widths == (2, 2)
+    assert Speculation(tree="off").widths == ()
+
+
+@pytest.mark.parametrize("tree", ["", "1,0,x", "1,,1", "-1", "1.5", "٣", "wide"])
+def test_a_malformed_shape(tree: str) -> None:
+    with pytest.raises(ConfigError, match="is not a tree shape"):
+        Speculation(tree=tree)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"verifier": "wrong"}, "use one of auto, match, topdown, traversal"),
+        ({"draw": "wrong"}, "use one of auto, iid, without-replacement, pick"),
+        ({"max_nodes": 0}, "max_nodes=0 must be at least 1"),
+        ({"draft_temperature": 0.0}, "draft_temperature=0.0 must be above 0"),
+    ],
+)
+def test_speculation_that_cannot_be(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Speculation(**changes)
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_model_len", "kv_cache_memory", "block_size"])
+def test_limits_that_cannot_be(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=0 must be at least 1"):
+        EngineConfig(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("config", "tree"),
+    [
+        ({"num_speculative_tokens": 4}, "1,1,1,1"),
+        ({"num_speculative_tokens": 1, "method": "draft_model"}, "1"),
+        ({"speculative_token_tree": "[(0,), (0, 0), (0, 0, 0)]"}, "1,1,1"),
+        ({"speculative_token_tree": "[(0, 1), (0,), (0, 0), (0, 2)]"}, "1,3"),
+        (
+            {
+                "speculative_token_tree": "[(0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]",
+                "num_speculative_tokens": 6,
+            },
+            "2,2",
+        ),
+        ({"speculative_token_tree": [[0], [1]]}, "2"),
+    ],
+)
+def test_vllms_speculative_config(config: dict[str, Any], tree: str) -> None:
+    found = read_speculative_config(json.dumps({"model": "small"} | config))
+    assert found == (["small"], Speculation(tree=tree))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "must be a JSON object"),
+        ("{}", 'needs "model"'),
+        ('{"model": 3}', 'needs "model"'),
+        ('{"model": "s"}', "needs num_speculative_tokens or speculative_token_tree"),
+        ('{"model": "s", "num_speculative_tokens": 0}', "at least 1"),
+        ('{"model": "s", "num_speculative_tokens": true}', "at least 1"),
+        ('{"model": "s", "num_speculative_tokens": "4"}', "at least 1"),
+        ('{"model": "s", "method": "eagle"}', "method='eagle'"),
+        ('{"method": "ngram", "prompt_lookup_max": 3}', "prompt_lookup_max"),
+        ('{"model": "s", "quantization": "fp8"}', "has 'quantization': known are method, model"),
+        (
+            '{"model": "s", "num_speculative_tokens": 3, "speculative_token_tree": "[(0,)]"}',
+            "a tree of 1 nodes",
+        ),
+    ],
+)
+def test_a_speculative_config_that_is_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        read_speculative_config(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        "",
+        "[]",
+        "[()]",
+        "nonsense(",
+        "[(0,), (2,)]",
+        "[(0, 0)]",
+        "[(0,), (5, 0)]",
+        "[(0,), (1,), (0, 0)]",
+        "[(-1,)]",
+        "[0, 1]",
+        7,
+    ],
+)
+def test_a_token_tree_that_no_shape_describes(tree: Any) -> None:
+    with pytest.raises(ConfigError, match="equally many children"):
+        read_speculative_config(json.dumps({"model": "s", "speculative_token_tree": tree}))
