@@ -68,8 +68,8 @@ def main() -> None:
     console = Console(highlight=False)
     write_a_story(console)
     console.print(
-        f"\nPlain against tree decoding, greedy, float32, {NUM_PROMPTS} prompts x {NUM_TOKENS} tokens, "
-        "alternating;\nmedian speed-up and quartiles:"
+        f"\nPlain against tree decoding, greedy, float32, {NUM_PROMPTS} prompts x {NUM_TOKENS} "
+        "tokens, alternating;\nmedian speed-up and quartiles:"
     )
     compare(console, "the pair (11M)", "zoo:parley", "1,1,1")
     target = str(twin("0.3b"))

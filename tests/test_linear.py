@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specinfer.ops.linear import can_pack, has_native, linear, pack
+from specinfer.ops.linear import STREAMING_ROWS, can_pack, has_native, linear, pack
 
 CPU = torch.device("cpu")
 # The largest difference, in units of the row's sum of |x| |w|: the order of a float32 sum, and
@@ -21,14 +21,15 @@ def packable(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 17, 64, 129])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 5), (33, 17), (96, 64)])
-def test_blocked_equals_plain(outputs, inputs, rows, bias, dtype):
+@pytest.mark.parametrize("fewest_rows", [1, STREAMING_ROWS])
+def test_blocked_equals_plain(fewest_rows, outputs, inputs, rows, bias, dtype):
     packable(dtype)
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
     b = torch.randn(outputs, generator=generator).to(dtype) if bias else None
     blocked = pack(weight)
     for x in strided_inputs(rows, inputs, dtype, generator):
-        y = linear(x, blocked, b)
+        y = linear(x, blocked, b, fewest_rows)
         exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
         size = F.linear(
             x.double().abs(), weight.double().abs(), None if b is None else b.double().abs()

@@ -21,9 +21,9 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        # Zeros come from the system lazily: memory is touched as requests touch it.
+        # Not zeros: memory is touched as requests touch it, and no one reads what no one wrote.
         shape = (num_layers, 2, kv_heads, num_slots, head_dim)
-        self._pages = torch.zeros(shape, dtype=dtype, device=device)
+        self._pages = torch.empty(shape, dtype=dtype, device=device)
         self._layers = [(layer[0], layer[1]) for layer in self._pages]
 
     @staticmethod

@@ -22,18 +22,20 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 class Linear(nn.Module):
     """Several products of one input as one: `widths` are the outputs fused, in order.
 
-    weight  [sum(widths), inputs]; bias [sum(widths)] or None
+    weight       [sum(widths), inputs]; bias [sum(widths)] or None
+    fewest_rows  as `ops.linear.linear` has it; the loader knows whether weights fit a cache
     """
 
     def __init__(self, inputs: int, widths: tuple[int, ...], *, bias: bool) -> None:
         super().__init__()
         self.widths = widths
+        self.fewest_rows = 1
         self.weight: Tensor = nn.Parameter(torch.empty(sum(widths), inputs))
         self.bias: Tensor | None = nn.Parameter(torch.empty(sum(widths))) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [n, inputs] to [n, sum(widths)]."""
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.fewest_rows)
 
     def pack(self, weight: Tensor | None = None) -> None:
         """Replace the weight by `weight` (its own if None) in the layout of `ops.linear.pack`.
