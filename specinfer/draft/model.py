@@ -55,6 +55,9 @@ class ModelDrafter:
             else:
                 spans.append(_tree_span(draft, state, nodes))
         logits = self._run(spans)
+        for draft, nodes in frontier:  # only now: a pass that fails leaves nothing half-known
+            if nodes == [0]:
+                self._states[draft.key].num_computed = len(draft.tokens)
         missing = self._vocab_size - logits.shape[-1]
         if missing:  # negative padding cuts
             logits = functional.pad(logits, (0, missing), value=-torch.inf)
@@ -80,11 +83,11 @@ class ModelDrafter:
         self._states.pop(key, None)
 
     def _catch_up(self, draft: Draft, state: _State) -> Span:
-        """Committed tokens this drafter has not computed, the root last."""
+        """Committed tokens this drafter has not computed, the root last and in any case."""
         state.keys.clear()
         state.ancestors = {0: []}
-        start, stop = state.num_computed, len(draft.tokens)
-        state.num_computed = stop
+        stop = len(draft.tokens)
+        start = min(state.num_computed, stop - 1)  # a step that failed leaves the root computed
         return Span(
             tokens=draft.tokens[start:],
             positions=range(start, stop),

@@ -77,6 +77,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self._seed = config.seed
+        self._max_num_batched_tokens = config.max_num_batched_tokens
         self.scheduler = Scheduler(
             allocator,
             max_num_seqs=config.max_num_seqs,
@@ -88,13 +89,22 @@ class Engine:
     def set_speculation(self, speculation: Speculation) -> None:
         """Guess and verify differently from now on, for requests added from now on.
 
-        raises  ConfigError while requests run: their pages were reserved for other trees
+        raises  ConfigError while requests run (their pages were reserved for other trees), or for a
+                tree that no step has room for
         """
         if self.has_work:
             raise ConfigError("speculation cannot change while requests run: wait for their end")
+        widths = speculation.widths if self.drafters else ()
+        max_nodes = count_nodes(widths) * len(self.drafters)
+        if max_nodes >= self._max_num_batched_tokens:
+            raise ConfigError(
+                f"tree={speculation.tree!r} has up to {max_nodes} nodes for {len(self.drafters)} "
+                f"drafters and a step computes {self._max_num_batched_tokens} tokens "
+                "(max_num_batched_tokens): take a smaller tree, or set max_nodes"
+            )
         self.speculation = speculation
-        self._widths = speculation.widths if self.drafters else ()
-        self.scheduler.max_nodes = count_nodes(self._widths) * len(self.drafters)
+        self._widths = widths
+        self.scheduler.max_nodes = max_nodes
 
     def add(self, request_id: str, prompt: ListLike[int], params: SamplingParams) -> list[Sequence]:
         """Queue a request: one sequence per sample.
