@@ -138,7 +138,7 @@ def kernel_error(decoder: Decoder, texts: Sequence[Sequence[int]], tree: str) ->
     texts  prompt and output; the tree hangs from the middle, with random tokens off the text
     """
     worst, rng = 0.0, np.random.default_rng(0)
-    widths, vocab = Speculation(tree=tree).widths, decoder.architecture.vocab_size
+    widths, vocab = Speculation(tree=tree).widths(1), decoder.architecture.vocab_size
     for text in texts:
         root = len(text) // 2
         token_tree, level = TokenTree(text[root]), [0]

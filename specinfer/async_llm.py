@@ -44,7 +44,8 @@ class AsyncLLM:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._clients: dict[str, _Client] = {}
         self._num_requests = 0
-        self._failure: BaseException | None = None
+        self._closing = threading.Lock()  # between asking whether it is closed and joining in
+        self._closed = False
         self._thread = threading.Thread(target=self._serve, name="specinfer-engine", daemon=True)
         self._thread.start()
 
@@ -61,16 +62,17 @@ class AsyncLLM:
                 an id that is in use
         Leaving the loop early, or being cancelled, aborts the request.
         """
-        if not self._thread.is_alive():
-            raise SpecInferError("this AsyncLLM is closed: make a new one") from self._failure
         params = sampling_params or self.llm.default_sampling_params()
-        self._num_requests += 1
-        request_id = request_id or f"request-{self._num_requests}"
-        if request_id in self._clients:
-            raise ConfigError(f"request_id={request_id!r} is in use by a running request")
         client = _Client(asyncio.get_running_loop(), asyncio.Queue())
-        self._clients[request_id] = client
-        self._commands.put(lambda: self._start(client, request_id, prompt, params))
+        with self._closing:
+            if self._closed:
+                raise SpecInferError("this AsyncLLM is closed: make a new one")
+            self._num_requests += 1
+            request_id = request_id or f"request-{self._num_requests}"
+            if request_id in self._clients:
+                raise ConfigError(f"request_id={request_id!r} is in use by a running request")
+            self._clients[request_id] = client
+            self._commands.put(lambda: self._start(client, request_id, prompt, params))
         try:
             while True:
                 item = await client.outputs.get()
@@ -91,9 +93,11 @@ class AsyncLLM:
 
     def close(self) -> None:
         """End the thread; running requests are aborted."""
-        if self._thread.is_alive():
-            self._commands.put(None)
-            self._thread.join()
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._commands.put(None)
+        self._thread.join()
 
     async def __aenter__(self) -> "AsyncLLM":
         return self

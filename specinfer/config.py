@@ -1,13 +1,15 @@
 """What was asked for, as frozen values that refuse what cannot be true.
 
 Each class checks itself when it is made, so that nothing downstream has to. What becomes true
-only when the model is known (lengths, pages, dtype) is resolved once, in `llm.py`.
+only when the model is known (lengths, pages, dtype) is resolved once, in `engine/build.py`.
 """
 
 import ast
 import itertools
 import json
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from specinfer.errors import ConfigError
@@ -18,20 +20,25 @@ VerifierName = Literal["auto", "match", "topdown", "traversal"]
 PAPER_TREE = "1,1,3,1,1,1,1,1"
 """The shape SpecInfer was evaluated with: depth 8, 20 nodes."""
 
+MAX_DEPTH = 256
+"""Levels of a tree: far beyond what is ever accepted, and what a recursive verifier can walk."""
+
 _UNBUILT_TREES = ("sequoia", "best-first", "calibrated")
 
 
 def parse_tree(text: str) -> tuple[int, ...]:
     """Read a fixed shape: `"1,1,3"` means 1 child, then 1, then 3 children per node of a level.
 
-    raises  ConfigError if a width is not a whole number of at least 1
+    raises  ConfigError if a width is not a whole number of at least 1, or there are too many
     """
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and word.isascii() and int(word) > 0 for word in words):
+    words = [word.strip() for word in text.split(",")] if isinstance(text, str) else []
+    if not words or not all(re.fullmatch(r"0*[1-9][0-9]{0,8}", word) for word in words):
         raise ConfigError(
             f"tree={text!r} is not a tree shape: give widths of at least 1 separated by commas, "
             f'such as "{PAPER_TREE}", or "auto" or "off"'
         )
+    if len(words) > MAX_DEPTH:
+        raise ConfigError(f"tree has {len(words)} levels: give at most {MAX_DEPTH}")
     return tuple(int(word) for word in words)
 
 
@@ -44,14 +51,31 @@ def count_nodes(widths: tuple[int, ...]) -> int:
     return total
 
 
+def is_number(value: object) -> bool:
+    """Whether this is a number; True and False are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: object, *, least: int) -> None:
+    """Refuse what is no whole number of at least `least`.
+
+    raises  ConfigError
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} must be a whole number")
+    if value < least:
+        raise ConfigError(f"{name}={value} must be at least {least}")
+
+
 @dataclass(frozen=True, slots=True)
 class Speculation:
     """How to guess ahead and how to verify.
 
     tree               "auto" | "off" | widths such as "1,1,3,1,1,1,1,1"
-    verifier           "auto" (greedy at temperature 0, match when seeded, else traversal)
-                       | "match" | "topdown" | "traversal"
-    max_nodes          drafted nodes per request and step, without the root; None: as the shape says
+    verifier           "auto" (traversal) | "match" | "topdown" | "traversal"; greedy and seeded
+                       requests have one lawful token per node and are always matched
+    max_nodes          drafted nodes per request and step, those of all drafters together, without
+                       the root: levels that do not fit are left out; None: as the shape says
     max_depth          deepest node, in tokens after the root; None: as the shape says
     draft_temperature  the drafters' temperature; None: the request's own
     draw               how slots are drawn: "auto" (picks when greedy, seeded or matched, else
@@ -80,23 +104,36 @@ class Speculation:
         if self.draw not in get_args(Draw):
             raise ConfigError(f"draw={self.draw!r}: use one of {', '.join(get_args(Draw))}")
         for name in ("max_nodes", "max_depth"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
-        if self.draft_temperature is not None and not self.draft_temperature > 0:
-            raise ConfigError(f"draft_temperature={self.draft_temperature} must be above 0")
-        if self.verifier == "match" and self.draw in ("iid", "without-replacement"):
-            return  # lawful: match is exact for any tree, however its tokens were drawn
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=1)
+        temperature = self.draft_temperature
+        if temperature is not None and not (is_number(temperature) and 0 < temperature < math.inf):
+            raise ConfigError(f"draft_temperature={temperature!r} must be above 0 and finite")
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The fixed shape this asks for, cut to max_depth and max_nodes; () is no speculation."""
-        if self.tree == "off":
+    def widths(self, num_drafters: int) -> tuple[int, ...]:
+        """The shape each of so many drafters grows, cut to max_depth and max_nodes.
+
+        returns  () for no speculation
+        raises   ConfigError if there is no drafter for what was asked, or max_nodes leaves nothing
+        """
+        if num_drafters == 0 and self not in (Speculation(), Speculation(tree="off")):
+            asked = ", ".join(
+                f"{field.name}={getattr(self, field.name)!r}"
+                for field in fields(self)
+                if getattr(self, field.name) != field.default
+            )
+            raise ConfigError(f"{asked} needs a drafter: give one (--drafter), or leave it out")
+        if self.tree == "off" or num_drafters == 0:
             return ()
         widths = parse_tree(PAPER_TREE if self.tree == "auto" else self.tree)[: self.max_depth]
         if self.max_nodes is not None:
-            while widths and count_nodes(widths) > self.max_nodes:
+            while widths and count_nodes(widths) * num_drafters > self.max_nodes:
                 widths = widths[:-1]
+            if not widths:
+                raise ConfigError(
+                    f"max_nodes={self.max_nodes} has no room for the first level of "
+                    f'tree={self.tree!r} of {num_drafters} drafters: raise it, or use tree="off"'
+                )
         return widths
 
 
@@ -177,11 +214,11 @@ def _bad_speculative(problem: str) -> ConfigError:
 class EngineConfig:
     """The engine's limits.
 
-    max_num_seqs            requests computed in one step
+    max_num_seqs            sequences computed in one step; a request has n of them
     max_num_batched_tokens  tokens computed in one step: prompt chunks, roots and drafted nodes
     max_model_len           prompt + output tokens of one request; None: the model's own limit
-    kv_cache_memory         bytes for the target's pages; None: enough for max_num_seqs requests of
-                            max_model_len, at most a quarter of the free memory
+    kv_cache_memory         bytes for pages, the drafters' included; None: enough for max_num_seqs
+                            requests of max_model_len, at most a quarter of the free memory
     block_size              tokens per page
     seed                    base of the randomness of unseeded requests
     """
@@ -195,9 +232,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+            check_integer(name, getattr(self, name), least=1)
         for name in ("max_model_len", "kv_cache_memory"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=1)
+        check_integer("seed", self.seed, least=0)

@@ -6,6 +6,7 @@
 Prompts given together share every step.
 """
 
+import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from specinfer.config import EngineConfig, Speculation
 from specinfer.engine.build import build_engine
 from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence as EngineSequence
-from specinfer.errors import ConfigError
+from specinfer.errors import ConfigError, RequestError
 from specinfer.progress import count_tokens, show_loading
 from specinfer.request import UNBUILT_FIELDS, RequestOutput, RequestStats, SamplingParams
 
@@ -155,8 +156,9 @@ class LLM:
         try:
             for prompt, each in zip(prompts, params, strict=True):
                 pending.append(self.submit(prompt, each))  # type: ignore[arg-type]
-            with count_tokens(self._show_progress, len(pending)) as count:
-                while self.engine.has_work:
+            num_sequences = sum(len(request.sequences) for request in pending)
+            with count_tokens(self._show_progress, num_sequences) as count:
+                while not all(request.is_finished for request in pending):
                     count(self.engine.step())
         finally:
             self.abort(pending)  # only where something above raised
@@ -172,6 +174,8 @@ class LLM:
         messages         {"role", "content"} each
         sampling_params  None: the model's defaults, max_tokens the rest of the context
         """
+        if not messages:
+            raise RequestError("the conversation is empty: give at least one message")
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
         if sampling_params is None:
             sampling_params = self.default_chat_params()
@@ -192,10 +196,15 @@ class LLM:
             prompt = self.tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
         request = self.submit(prompt, sampling_params or self.default_sampling_params())  # type: ignore[arg-type]
         try:
+            num_seen = 0
             while not request.is_finished:
-                own = set(map(id, request.sequences))
-                if any(id(trace.sequence) in own for trace in self.engine.step()):
-                    yield request.output()
+                self.engine.step()
+                output = request.output()
+                if output.finished or output.stats.num_output_tokens > num_seen:
+                    num_seen = output.stats.num_output_tokens
+                    yield output
+            if not output.finished:  # others' steps brought it to its end
+                yield request.output()
         finally:
             self.abort([request])
 
@@ -208,7 +217,7 @@ class LLM:
     ) -> Pending:
         """Queue a request without computing anything; `engine.step()` then advances it."""
         text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         request_id = request_id or str(self._num_requests)
         self._num_requests += 1
         return Pending(request_id, text, ids, self.engine.add(request_id, ids, params))
@@ -230,6 +239,14 @@ class LLM:
                 f"{len(params)} sampling_params for {count} prompts: give one, or one per prompt"
             )
         return list(params)
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    """Plain integers, whatever kind they come in (numpy's, a tensor's)."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise RequestError("a prompt is a text or a list of token ids") from None
 
 
 def _refuse_unbuilt(options: Mapping[str, Any]) -> None:

@@ -36,10 +36,10 @@ def show_loading(asked: bool | None) -> Iterator[Progress | None]:
 
 @contextmanager
 def count_tokens(
-    asked: bool | None, num_requests: int
+    asked: bool | None, num_sequences: int
 ) -> Iterator[Callable[[Sequence[StepTrace]], None]]:
-    """A bar over finished requests with tokens per second; for batches only."""
-    if num_requests < 2 or not is_shown(asked):
+    """A bar over finished sequences with tokens per second; for batches only."""
+    if num_sequences < 2 or not is_shown(asked):
         yield lambda traces: None
         return
     from rich.console import Console
@@ -53,7 +53,7 @@ def count_tokens(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("generating", total=num_requests, rate="")
+        task = bars.add_task("generating", total=num_sequences, rate="")
         num_tokens = 0
 
         def report(traces: Sequence[StepTrace]) -> None:

@@ -1,9 +1,11 @@
 """What one caller asked for, and what comes back: names and defaults are vLLM's."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from specinfer.config import check_integer, is_number
 from specinfer.errors import ConfigError
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -80,9 +82,10 @@ class SamplingParams:
         for name in UNBUILT_FIELDS:
             if getattr(self, name) != _DEFAULTS[name]:
                 raise ConfigError(f"{name} is not built yet: leave it out")
+        self._check_types()
         requirements = (
             ("n", self.n >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= -1, "at least 1, or 0 for all tokens"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
@@ -99,6 +102,21 @@ class SamplingParams:
                 f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}"
             )
 
+    def _check_types(self) -> None:
+        for name in ("n", "top_k", "min_tokens"):
+            check_integer(name, getattr(self, name), least=-1)
+        for name in ("max_tokens", "seed"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=-1)
+        for name in ("temperature", "top_p", "min_p"):
+            if not is_number(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if not isinstance(stops, Iterable) or not all(isinstance(stop, str) for stop in stops):
+            raise ConfigError(f"stop={self.stop!r} must be a string or a list of strings")
+        for token in self.stop_token_ids or ():
+            check_integer("stop_token_ids: token id", token, least=0)
+
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple, whatever form it was given in."""
@@ -108,8 +126,8 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the law is a point mass at the likeliest token."""
-        return self.temperature == 0 or self.top_k == 1
+        """Whether the law is a point mass at the likeliest token; as in vLLM, also when cold."""
+        return self.temperature < 1e-5 or self.top_k == 1
 
 
 _DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}
@@ -123,7 +141,7 @@ class RequestStats:
     num_drafted         distinct drafted nodes that the target scored
     num_accepted        drafted tokens that were emitted
     accepted_by_depth   entry d - 1: how many were accepted at depth d
-    accepted_by_source  per drafter's name: how many of the accepted it proposed
+    accepted_by_source  per drafter's name, how many of the accepted it was the first to propose
     """
 
     num_output_tokens: int = 0

@@ -142,6 +142,7 @@ class ScriptedDrafter:
         name: str = "scripted",
     ) -> None:
         self.name = name
+        self.max_positions = 1 << 30
         self.admitted: list[list[int]] = []
         self.dropped: list[int] = []
         self._script = script

@@ -111,7 +111,7 @@ def test_a_drafter_with_another_vocabulary(tmp_path: Path) -> None:
         (["Hi", "--model", "nobody/no-such-model"], ["nobody/no-such-model", "hub"]),
         (["Hi", "--drafter", "ngram"], ["ngram", "not built"]),
         (["Hi", "--drafter", "none", "--drafter", "zoo:parley-draft"], ["--drafter none"]),
-        (["Hi", "--drafter", "none", "--tree", "1,1"], ["--tree 1,1", "--drafter"]),
+        (["Hi", "--drafter", "none", "--tree", "1,1"], ["tree='1,1'", "--drafter"]),
         ([""], ["prompt is empty"]),
         (["Hi", "--file", "also"], ["--file"]),
         (["--file", "/no/such/file"], ["/no/such/file", "No such file"]),

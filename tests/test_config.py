@@ -19,9 +19,9 @@ def test_a_shape_counts_its_nodes() -> None:
     assert parse_tree("1, 1,3") == (1, 1, 3)
     assert count_nodes((1, 1, 3, 1, 1, 1, 1, 1)) == 20
     assert count_nodes(()) == 0
-    assert Speculation(max_depth=3).widths == (1, 1, 3)
-    assert Speculation(tree="2,2,2", max_nodes=6).widths == (2, 2)
-    assert Speculation(tree="off").widths == ()
+    assert Speculation(max_depth=3).widths(1) == (1, 1, 3)
+    assert Speculation(tree="2,2,2", max_nodes=6).widths(1) == (2, 2)
+    assert Speculation(tree="off").widths(1) == ()
 
 
 @pytest.mark.parametrize("tree", ["", "1,0,x", "1,,1", "-1", "1.5", "٣", "wide"])
@@ -117,3 +117,9 @@ def test_a_speculative_config_that_is_refused(text: str, words: str) -> None:
 def test_a_token_tree_that_no_shape_describes(tree: Any) -> None:
     with pytest.raises(ConfigError, match="equally many children"):
         read_speculative_config(json.dumps({"model": "s", "speculative_token_tree": tree}))
+
+
+@pytest.mark.parametrize("tree", ["9" * 5000, ",".join(["1"] * 1200), "", "1,,2", "-1", "٣", None])
+def test_trees_that_are_none(tree: str) -> None:
+    with pytest.raises(ConfigError):
+        Speculation(tree=tree)

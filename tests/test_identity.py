@@ -211,7 +211,7 @@ def mixed(pair: Pair) -> list[SamplingParams]:
     [
         ("off", 1, {"max_num_seqs": 3}),
         (PAPER_TREE, 1, {"max_num_seqs": 3}),
-        ("3,2,1", 2, {"max_num_seqs": 4, "max_num_batched_tokens": 24}),
+        ("3,2,1", 2, {"max_num_seqs": 4, "max_num_batched_tokens": 40}),
         ("2,2", 1, {"max_num_seqs": 8, "max_num_batched_tokens": 12}),
     ],
 )

@@ -41,6 +41,7 @@ PAGES = {
 @pytest.mark.parametrize("pages", PAGES.values(), ids=PAGES)
 def test_writes_land_in_their_slots_and_nowhere_else(pages: Pages) -> None:
     pool = pool_of(24)
+    write(pool, slice(0, 24), torch.zeros_like(random_kv(24, 0)))
     kv = random_kv(12, 0)
     for start, stop in ((0, 5), (5, 6), (6, 12)):
         write(pool, pages.slots(start, stop), kv[:, :, start:stop])

@@ -93,7 +93,8 @@ class Asked:
         }
         loading = Loading(**values[Loading])
         speculation = Speculation(**values[Speculation])
-        SamplingParams(**values[SamplingParams])  # refuses before a model is loaded
+        # Refuses before a model is loaded; here max_tokens defaults to the rest of the context.
+        SamplingParams(**({"max_tokens": None} | values[SamplingParams]))
         if "drafter" in values[Loading] and loading.speculative_config is not None:
             raise ConfigError("--drafter and --speculative-config both name drafters: give one")
         if loading.speculative_config is not None:
@@ -103,10 +104,7 @@ class Asked:
             speculation, drafters = replace(speculation, tree=translated.tree), tuple(names)
         else:
             drafters = _resolve_drafters(loading, "drafter" in values[Loading])
-        if not drafters and speculation.tree not in ("auto", "off"):
-            raise ConfigError(
-                f"--tree {speculation.tree} needs a drafter to grow it: give --drafter"
-            )
+        speculation.widths(len(drafters))  # refuses what no drafter would grow
         return cls(
             loading,
             drafters,

@@ -29,6 +29,8 @@ class Drafter(Protocol):
     """Proposes continuations. A model, or anything else that knows what may come next."""
 
     name: str
+    max_positions: int
+    """Positions it was built for: beyond them its guesses are worth nothing, so it is not asked."""
 
     def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Tensor:
         """Score the token after each frontier node, for all requests in one batched pass.

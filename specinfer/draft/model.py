@@ -40,6 +40,7 @@ class ModelDrafter:
         max_tokens  tokens computed in one pass, for catching up with long prompts
         """
         self.name = name
+        self.max_positions = runner.decoder.architecture.max_position_embeddings
         self._runner = runner
         self._vocab_size = vocab_size
         self._max_tokens = max_tokens
@@ -53,7 +54,7 @@ class ModelDrafter:
             if nodes == [0]:
                 spans.append(self._catch_up(draft, state))
             else:
-                spans.append(_tree_span(draft, state, nodes))
+                spans.append(self._tree_span(draft, state, nodes))
         logits = self._run(spans)
         for draft, nodes in frontier:  # only now: a pass that fails leaves nothing half-known
             if nodes == [0]:
@@ -89,7 +90,7 @@ class ModelDrafter:
         stop = len(draft.tokens)
         start = min(state.num_computed, stop - 1)  # a step that failed leaves the root computed
         return Span(
-            tokens=draft.tokens[start:],
+            tokens=self._known(draft.tokens[start:]),
             positions=range(start, stop),
             pages=draft.pages,
             prefix=start,
@@ -97,6 +98,36 @@ class ModelDrafter:
             mask=None,
             num_logits=1,
         )
+
+    def _tree_span(self, draft: Draft, state: _State, nodes: list[int]) -> Span:
+        """Nodes of one level: each sees the prefix, its expanded ancestors and itself."""
+        tree, prefix = draft.tree, state.num_computed
+        old = len(state.keys)
+        mask = np.zeros((len(nodes), old + len(nodes)), np.bool_)
+        for row, node in enumerate(nodes):
+            state.keys[node] = prefix + old + row
+            columns = state.ancestors[node] = [*state.ancestors[tree.parents[node]], old + row]
+            mask[row, columns] = True
+        region = [prefix - 1 + tree.depths[node] for node in state.keys]
+        is_chain = len(nodes) == 1 and len(state.ancestors[nodes[0]]) == old + 1
+        return Span(
+            tokens=self._known([tree.tokens[node] for node in nodes]),
+            positions=region[old:],
+            pages=draft.pages,
+            prefix=prefix + old if is_chain else prefix,
+            start=prefix + old,
+            mask=None if is_chain else mask,
+            num_logits=len(nodes),
+            region_positions=None if is_chain else region,
+        )
+
+    def _known(self, tokens: list[int]) -> list[int]:
+        """Make tokens of the target's padded vocabulary that have no row here token 0.
+
+        The guesses after them get worse, and stay lawful.
+        """
+        size = self._runner.vocab_size
+        return [token if token < size else 0 for token in tokens]
 
     def _run(self, spans: list[Span]) -> Tensor:
         """One pass, unless prompts to catch up with are longer than a pass may be."""
@@ -109,29 +140,6 @@ class ModelDrafter:
             self._runner.run([head])
             spans[spans.index(longest)] = tail
         return self._runner.run(spans)
-
-
-def _tree_span(draft: Draft, state: _State, nodes: list[int]) -> Span:
-    """Nodes of one level: each sees the prefix, its expanded ancestors and itself."""
-    tree, prefix = draft.tree, state.num_computed
-    old = len(state.keys)
-    mask = np.zeros((len(nodes), old + len(nodes)), np.bool_)
-    for row, node in enumerate(nodes):
-        state.keys[node] = prefix + old + row
-        columns = state.ancestors[node] = [*state.ancestors[tree.parents[node]], old + row]
-        mask[row, columns] = True
-    region = [prefix - 1 + tree.depths[node] for node in state.keys]
-    is_chain = len(nodes) == 1 and len(state.ancestors[nodes[0]]) == old + 1
-    return Span(
-        tokens=[tree.tokens[node] for node in nodes],
-        positions=region[old:],
-        pages=draft.pages,
-        prefix=prefix + old if is_chain else prefix,
-        start=prefix + old,
-        mask=None if is_chain else mask,
-        num_logits=len(nodes),
-        region_positions=None if is_chain else region,
-    )
 
 
 def _split(span: Span, cut: int) -> tuple[Span, Span]:

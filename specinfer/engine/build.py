@@ -13,8 +13,9 @@ from specinfer.draft.base import Drafter
 from specinfer.draft.model import ModelDrafter
 from specinfer.engine.engine import Engine
 from specinfer.errors import CapacityError, ConfigError, ModelError
+from specinfer.models.architecture import Architecture, read_architecture
 from specinfer.models.decoder import Decoder
-from specinfer.models.weights import load_decoder, resolve_model
+from specinfer.models.weights import load_decoder, read_config, resolve_model
 from specinfer.run.runner import Runner
 from specinfer.text.tokenizer import Tokenizer
 
@@ -40,6 +41,8 @@ def build_engine(
     raises  ModelError, ConfigError or CapacityError, with nothing half-done
     """
     place = _resolve_device(device)
+    # Each drafter adds at most a full shape to the merged tree.
+    max_nodes = count_nodes(speculation.widths(len(drafters))) * len(drafters)
     if "ngram" in drafters:
         raise ConfigError('drafter "ngram" is not built yet: give a small model')
     # Everything that can be refused cheaply is refused before weights are read.
@@ -51,14 +54,12 @@ def build_engine(
                 f"drafter {name!r} has another vocabulary than {model!r}: a drafter must share "
                 "the target's tokenizer"
             )
+    architectures = [read_architecture(read_config(folder)) for folder in folders]
+    max_model_len = _resolve_length(config.max_model_len, architectures[0])
     decoders = [
         _load(name, folder, dtype, place, progress)
         for name, folder in zip((model, *drafters), folders, strict=True)
     ]
-    target = decoders[0]
-    max_model_len = _resolve_length(config.max_model_len, target)
-    # Each drafter adds at most a full shape to the merged tree.
-    max_nodes = count_nodes(speculation.widths) * len(drafters)
     allocator = BlockAllocator(
         _num_blocks(config, decoders, max_model_len, max_nodes), config.block_size
     )
@@ -101,8 +102,8 @@ def _resolve_device(device: str) -> torch.device:
     return place
 
 
-def _resolve_length(asked: int | None, target: Decoder) -> int:
-    built_for = target.architecture.max_position_embeddings
+def _resolve_length(asked: int | None, target: Architecture) -> int:
+    built_for = target.max_position_embeddings
     if asked is not None and asked > built_for:
         raise ConfigError(
             f"max_model_len={asked} is more than the {built_for} positions the model was built for"

@@ -94,7 +94,7 @@ class Engine:
         """
         if self.has_work:
             raise ConfigError("speculation cannot change while requests run: wait for their end")
-        widths = speculation.widths if self.drafters else ()
+        widths = speculation.widths(len(self.drafters))
         max_nodes = count_nodes(widths) * len(self.drafters)
         if max_nodes >= self._max_num_batched_tokens:
             raise ConfigError(
@@ -146,7 +146,21 @@ class Engine:
         return self.scheduler.has_work
 
     def step(self) -> list[StepTrace]:
-        """Advance every scheduled sequence; returns those that got tokens."""
+        """Advance every scheduled sequence; returns those that got tokens.
+
+        An exception (a failing model, Ctrl-C) ends every running sequence with "abort" and frees
+        its pages; waiting ones stay.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            # What was half-done cannot be told any more: what ran ends here, what waits goes on.
+            for sequence in list(self.scheduler.running):
+                sequence.abort()
+                self._remove(sequence)
+            raise
+
+    def _step(self) -> list[StepTrace]:
         timed = self.stats.timed
         with timed("schedule"):
             jobs = self.scheduler.schedule()
@@ -175,12 +189,16 @@ class Engine:
                 f"{self.max_model_len} (max_model_len): shorten the prompt"
             )
         vocab_size = self.target.vocab_size
-        unknown = [token for token in prompt if not 0 <= token < vocab_size]
-        if unknown:
-            raise RequestError(
-                f"the prompt has token id {unknown[0]} and the model's ids are 0 to "
-                f"{vocab_size - 1}"
-            )
+        for what, tokens in (
+            ("the prompt", prompt),
+            ("stop_token_ids", params.stop_token_ids or ()),
+        ):
+            for token in tokens:
+                if not isinstance(token, int) or not 0 <= token < vocab_size:
+                    raise RequestError(
+                        f"{what} has token id {token!r} and the model's ids are 0 to "
+                        f"{vocab_size - 1}"
+                    )
         room = self.max_model_len - len(prompt)
         return len(prompt) + min(room, params.max_tokens or room)
 
@@ -202,9 +220,11 @@ class Engine:
     def _widths_for(self, job: Job) -> tuple[int, ...]:
         """The shape, no deeper than tokens may still come and no larger than the step's budget."""
         sequence = job.sequence
-        if sequence.num_pending > 1:
+        if sequence.num_pending > 1 or not self._widths:
             return ()
-        widths = self._widths[: sequence.num_left - 1]
+        # A node at depth d is fed to the drafters only where something may follow it.
+        room = min(drafter.max_positions for drafter in self.drafters) - len(sequence.tokens)
+        widths = self._widths[: max(0, min(sequence.num_left - 1, room + 1))]
         while widths and count_nodes(widths) * len(self.drafters) > job.max_nodes:
             widths = widths[:-1]
         return widths

@@ -55,7 +55,9 @@ class Sequence:
         self.draw = self._resolve_draw(speculation)
         self.draft_params = self._resolve_draft_params(speculation)
         self._own_ends = frozenset(params.stop_token_ids or ())
-        self._ends = frozenset(() if params.ignore_eos else tokenizer.eos_token_ids)
+        # A tokenizer may name end tokens that the model has no row for: they cannot come.
+        ends = () if params.ignore_eos else tokenizer.eos_token_ids
+        self._ends = frozenset(token for token in ends if token < vocab_size)
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, skip_special_tokens=params.skip_special_tokens
         )
@@ -120,7 +122,7 @@ class Sequence:
         else:
             output.finish_reason = "stop"
             output.stop_reason = token if token in self._own_ends else None
-            if not self.params.skip_special_tokens:
+            if self.params.include_stop_str_in_output:
                 self._push(self._detokenizer.push([token]))
         if output.finish_reason is None and len(self.tokens) >= self.max_total:
             output.finish_reason = "length"

@@ -61,6 +61,7 @@ class TimedDrafter:
 
     def __init__(self, drafter: Drafter, stats: EngineStats) -> None:
         self.name = drafter.name
+        self.max_positions = drafter.max_positions
         self._drafter = drafter
         self._stats = stats
 

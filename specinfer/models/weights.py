@@ -59,10 +59,14 @@ def resolve_model(name: str) -> Path:
     """
     if name.startswith("zoo:"):
         return _resolve_zoo(name.removeprefix("zoo:"))
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    try:
+        folder = Path(name).expanduser()
+        if name and folder.is_dir():
+            return folder
+        is_something = folder.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, or ~nobody
+        raise ModelNotFoundError(f"{name!r} is no folder: {error}") from None
+    if is_something or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ModelNotFoundError(
             f"{name!r} is no folder: give a model's folder, a Hugging Face id or zoo:NAME"
         )

@@ -1,0 +1,124 @@
+"""The offline face: streams beside each other, input of every wrong kind, failures in a step."""
+
+import numpy as np
+import pytest
+
+from specinfer.config import Speculation
+from specinfer.errors import ConfigError, RequestError, SpecInferError
+from specinfer.llm import LLM
+from specinfer.request import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+OTHER = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("zoo:parley-draft", drafters="zoo:parley-draft", dtype="float32", max_model_len=128)
+
+
+def test_streams_beside_each_other_and_beside_generate_each_come_to_their_end(llm: LLM) -> None:
+    expected = llm.generate(["One day", "I want"], GREEDY)
+    streams = [llm.stream("One day", GREEDY), llm.stream("I want", GREEDY)]
+    last = [next(stream) for stream in streams]
+    short = llm.generate("Hello", OTHER)
+    assert short[0].finished
+    for turn, stream in enumerate(streams):
+        for output in stream:
+            last[turn] = output
+    for output, want in zip(last, expected, strict=True):
+        assert output.finished
+        assert output.outputs[0].token_ids == want.outputs[0].token_ids
+    assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_tokens": 2.5},
+        {"temperature": "0.5"},
+        {"top_p": None},
+        {"n": True},
+        {"seed": 1.0},
+        {"stop": 5},
+        {"stop": [b"x"]},
+        {"stop_token_ids": ["a"]},
+        {"stop_token_ids": [-1]},
+    ],
+)
+def test_parameters_of_the_wrong_kind(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        SamplingParams(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompt", [[5, 2.5], [5, 10**6], [-1], [None]])
+def test_prompts_that_are_no_tokens(llm: LLM, prompt: list[int]) -> None:
+    with pytest.raises(RequestError):
+        llm.generate(prompt, GREEDY)
+    assert not llm.engine.has_work
+
+
+def test_stop_tokens_that_the_model_does_not_have(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, min_tokens=2, max_tokens=4, stop_token_ids=[10**6])
+    with pytest.raises(RequestError, match="stop_token_ids"):
+        llm.generate("Hello", params)
+
+
+def test_token_ids_of_any_integer_kind(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("Once upon a time")
+    plain = llm.generate(ids, OTHER)[0].outputs[0].token_ids
+    assert llm.generate([np.array(ids)], OTHER)[0].outputs[0].token_ids == plain
+
+
+def test_an_empty_conversation(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="empty"):
+        llm.chat([])
+
+
+@pytest.mark.parametrize("part", ["target", "drafter", "commit"])
+def test_a_failed_step_ends_what_ran_and_nothing_else(
+    llm: LLM, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = llm.generate("One day", GREEDY)[0].outputs[0].token_ids
+    free = llm.engine.scheduler._allocator.num_free
+    stream = llm.stream("I want", GREEDY)
+    next(stream)
+    owner = {
+        "target": (llm.engine.target, "run"),
+        "drafter": (llm.engine.drafters[0], "expand"),
+        "commit": (llm.engine.target.pool, "move"),
+    }[part]
+    with monkeypatch.context() as patch:
+        patch.setattr(*owner, lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llm.generate("One day", GREEDY)
+    assert [output.outputs[0].finish_reason for output in stream] == ["abort"]
+    assert llm.engine.scheduler._allocator.num_free == free
+    assert llm.generate("One day", GREEDY)[0].outputs[0].token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("speculation", "drafters"),
+    [
+        (Speculation(tree="2,2"), 0),
+        (Speculation(verifier="topdown"), 0),
+        (Speculation(tree="4,1", max_nodes=3), 1),
+        (Speculation(tree="2,2", max_nodes=3), 2),
+        (Speculation(tree="3000"), 1),
+    ],
+)
+def test_speculation_that_would_come_to_nothing(speculation: Speculation, drafters: int) -> None:
+    with pytest.raises(ConfigError):
+        LLM("zoo:parley-draft", drafters=["zoo:parley-draft"] * drafters, speculation=speculation)
+
+
+def test_max_nodes_counts_all_drafters() -> None:
+    speculation = Speculation(tree="2,2", max_nodes=6)
+    assert speculation.widths(1) == (2, 2)
+    assert speculation.widths(2) == (2,)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nosuchuser/model", "", "a b"])
+def test_names_that_are_no_model(name: str) -> None:
+    with pytest.raises(SpecInferError):
+        LLM(name)
