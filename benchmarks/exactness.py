@@ -231,7 +231,7 @@ class Exactness:
         return LLM(
             self.settings.model,
             drafters=self.settings.drafters if tree else (),
-            speculation=Speculation(tree=self.settings.tree),
+            speculation=Speculation(tree=self.settings.tree if tree else "off"),
             dtype="float32",
             max_num_seqs=batch,
             max_model_len=64 + self.settings.tokens,
