@@ -149,6 +149,8 @@ class LLM:
         returns          in the order of the prompts
         raises           RequestError for a prompt that cannot be served, before any is started
         """
+        if not isinstance(prompts, str | Sequence):
+            raise RequestError("prompts must be a text, a list of token ids, or a list of either")
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [cast(Prompt, prompts)]
         params = self._params_per_prompt(len(prompts), sampling_params)

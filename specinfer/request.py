@@ -37,7 +37,8 @@ class SamplingParams:
     top_k            keep the k likeliest tokens; 0 or -1: all
     top_p            keep the likeliest tokens whose mass reaches this, in (0, 1]
     min_p            drop tokens below this share of the likeliest one's probability, in [0, 1]
-    seed             the same text for the same seed, whatever the tree, the batch or the load
+    seed             the same text for the same seed, whatever the tree, the batch or the load; up to
+                     near-ties within the dtype's rounding (none seen in float32)
     stop             strings that end the text; cut off unless include_stop_str_in_output
     stop_token_ids   tokens that end the text, beside the model's own end tokens
     max_tokens       output tokens at most; None: the rest of the context
@@ -84,14 +85,9 @@ class SamplingParams:
                 raise ConfigError(f"{name} is not built yet: leave it out")
         self._check_types()
         requirements = (
-            ("n", self.n >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "at least 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "finite and at least 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= -1, "at least 1, or 0 for all tokens"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
-            ("min_tokens", self.min_tokens >= 0, "at least 0"),
-            ("seed", self.seed is None or self.seed >= 0, "at least 0"),
             ("stop", "" not in self.stop_strings, "free of empty strings"),
         )
         for name, holds, rule in requirements:
@@ -103,11 +99,11 @@ class SamplingParams:
             )
 
     def _check_types(self) -> None:
-        for name in ("n", "top_k", "min_tokens"):
-            check_integer(name, getattr(self, name), least=-1)
-        for name in ("max_tokens", "seed"):
+        for name, least in (("n", 1), ("top_k", -1), ("min_tokens", 0)):
+            check_integer(name, getattr(self, name), least=least)
+        for name, least in (("max_tokens", 1), ("seed", 0)):
             if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), least=-1)
+                check_integer(name, getattr(self, name), least=least)
         for name in ("temperature", "top_p", "min_p"):
             if not is_number(getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")

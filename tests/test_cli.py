@@ -349,3 +349,9 @@ def test_help_is_quick() -> None:
         assert start("--help").communicate()[0]
         seconds.append(time.perf_counter() - begun)
     assert min(seconds) < 1.0  # 0.3 s on an idle machine
+
+
+def test_the_version_needs_no_command() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("specinfer ")

@@ -54,14 +54,25 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 
 
-@app.callback()
-def prepare(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
-) -> None:
-    """Set up what all commands share: readable warnings, any terminal's encoding."""
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"specinfer {__version__}")
         raise typer.Exit()
+
+
+@app.callback()
+def prepare(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,  # before "Missing command."
+            help="Print the version and end.",
+        ),
+    ] = False,
+) -> None:
+    """Set up what all commands share: readable warnings, any terminal's encoding."""
     warnings.showwarning = _show_warning
     for name, errors in (
         ("stdin", "surrogateescape"),
