@@ -37,8 +37,8 @@ class SamplingParams:
     top_k            keep the k likeliest tokens; 0 or -1: all
     top_p            keep the likeliest tokens whose mass reaches this, in (0, 1]
     min_p            drop tokens below this share of the likeliest one's probability, in [0, 1]
-    seed             the same text for the same seed, whatever the tree, the batch or the load; up to
-                     near-ties within the dtype's rounding (none seen in float32)
+    seed             the same text for the same seed, whatever the tree, the batch or the load,
+                     up to near-ties within the dtype's rounding (none seen in float32)
     stop             strings that end the text; cut off unless include_stop_str_in_output
     stop_token_ids   tokens that end the text, beside the model's own end tokens
     max_tokens       output tokens at most; None: the rest of the context
