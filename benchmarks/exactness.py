@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.prompts import load_chats
 from specinfer import sampling
 from specinfer.cache.blocks import Pages
-from specinfer.config import PAPER_TREE, Speculation
+from specinfer.config import PAPER_TREE, Speculation, parse_tree
 from specinfer.engine.engine import Engine
 from specinfer.llm import LLM
 from specinfer.models.decoder import Decoder
@@ -139,7 +139,7 @@ def kernel_error(decoder: Decoder, texts: Sequence[Sequence[int]], tree: str) ->
     texts  prompt and output; the tree hangs from the middle, with random tokens off the text
     """
     worst, rng = 0.0, np.random.default_rng(0)
-    widths, vocab = Speculation(tree=tree).widths(1), decoder.architecture.vocab_size
+    widths, vocab = parse_tree(tree), decoder.architecture.vocab_size
     for text in texts:
         root = len(text) // 2
         token_tree, level = TokenTree(text[root]), [0]

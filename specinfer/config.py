@@ -9,13 +9,17 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from specinfer.errors import ConfigError
 
 Draw = Literal["auto", "iid", "without-replacement", "pick"]
-VerifierName = Literal["auto", "match", "topdown", "traversal"]
+VerifierName = Literal["auto", "match", "topdown", "traversal", "kseq", "gbv"]
+
+IID_VERIFIERS = ("kseq", "gbv")
+"""Exact for slots drawn independently from one law, and for nothing else."""
 
 PAPER_TREE = "1,1,3,1,1,1,1,1"
 """The shape SpecInfer was evaluated with: depth 8, 20 nodes."""
@@ -23,7 +27,14 @@ PAPER_TREE = "1,1,3,1,1,1,1,1"
 MAX_DEPTH = 256
 """Levels of a tree: far beyond what is ever accepted, and what a recursive verifier can walk."""
 
-_UNBUILT_TREES = ("sequoia", "best-first", "calibrated")
+TREE_NAMES = ("auto", "off", "calibrated", "best-first", "sequoia")
+
+GROWN_TREES = ("auto", "calibrated", "best-first")
+"""Trees that grow where acceptance is likeliest; "auto" at prices set by the controller."""
+
+_DEFAULT_NODES = {"auto": 64, "calibrated": 32, "best-first": 32, "sequoia": 32}
+_DEFAULT_DEPTH = 16
+_MAX_NODES = 2048
 
 
 def parse_tree(text: str) -> tuple[int, ...]:
@@ -35,11 +46,25 @@ def parse_tree(text: str) -> tuple[int, ...]:
     if not words or not all(re.fullmatch(r"0*[1-9][0-9]{0,8}", word) for word in words):
         raise ConfigError(
             f"tree={text!r} is not a tree shape: give widths of at least 1 separated by commas, "
-            f'such as "{PAPER_TREE}", or "auto" or "off"'
+            f'such as "{PAPER_TREE}", paths such as "4x8", or one of {", ".join(TREE_NAMES)}'
         )
     if len(words) > MAX_DEPTH:
         raise ConfigError(f"tree has {len(words)} levels: give at most {MAX_DEPTH}")
     return tuple(int(word) for word in words)
+
+
+def parse_paths(text: str) -> tuple[int, int] | None:
+    """Read `"4x8"`, 4 independent paths of 8 tokens; None where the text is something else.
+
+    raises  ConfigError if there are too many levels
+    """
+    found = re.fullmatch(r"\s*0*([1-9][0-9]{0,3})x0*([1-9][0-9]{0,3})\s*", text)
+    if found is None:
+        return None
+    num_paths, depth = int(found[1]), int(found[2])
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"tree has {depth} levels: give at most {MAX_DEPTH}")
+    return num_paths, depth
 
 
 def count_nodes(widths: tuple[int, ...]) -> int:
@@ -71,15 +96,20 @@ def check_integer(name: str, value: object, *, least: int) -> None:
 class Speculation:
     """How to guess ahead and how to verify.
 
-    tree               "auto" | "off" | widths such as "1,1,3,1,1,1,1,1"
-    verifier           "auto" (traversal) | "match" | "topdown" | "traversal"; greedy and seeded
-                       requests have one lawful token per node and are always matched
+    tree               "auto" (grown by learnt acceptance, as large as measured times make it worth)
+                       | "off" | "calibrated" (the same at a given size) | "best-first" (by what
+                       drafters say) | "sequoia" | widths such as "1,1,3,1,1,1,1,1" | independent
+                       paths such as "4x8"
+    verifier           "auto" (traversal) | "match" | "topdown" | "traversal", or, to be measured
+                       against, "kseq" | "gbv"; greedy and seeded requests have one lawful token
+                       per node and are always matched
     max_nodes          drafted nodes per request and step, those of all drafters together, without
-                       the root: levels that do not fit are left out; None: as the shape says
-    max_depth          deepest node, in tokens after the root; None: as the shape says
+                       the root: levels of a shape that do not fit are left out; None: as the
+                       shape says, else 32, at most 64 for "auto"
+    max_depth          deepest node, in tokens after the root; None: as the shape says, else 16
     draft_temperature  the drafters' temperature; None: the request's own
-    draw               how slots are drawn: "auto" (picks when greedy, seeded or matched, else
-                       without replacement) | "iid" | "without-replacement" | "pick"
+    draw               how slots are drawn: "auto" (picks when greedy, seeded, matched or colder
+                       than 0.35, else without replacement) | "iid" | "without-replacement" | "pick"
     """
 
     tree: str = "auto"
@@ -90,12 +120,7 @@ class Speculation:
     draw: Draw = "auto"
 
     def __post_init__(self) -> None:
-        if self.tree in _UNBUILT_TREES:
-            raise ConfigError(
-                f"tree={self.tree!r} is not built yet: use a fixed shape such as "
-                f'"{PAPER_TREE}", "auto" or "off"'
-            )
-        if self.tree not in ("auto", "off"):
+        if self.tree not in TREE_NAMES and not self._is_paths:
             parse_tree(self.tree)
         if self.verifier not in get_args(VerifierName):
             raise ConfigError(
@@ -106,14 +131,55 @@ class Speculation:
         for name in ("max_nodes", "max_depth"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least=1)
+        if self.max_nodes is not None and self.max_nodes > _MAX_NODES:
+            raise ConfigError(f"max_nodes={self.max_nodes} must be at most {_MAX_NODES}")
+        if self.max_depth is not None and self.max_depth > MAX_DEPTH:
+            raise ConfigError(f"max_depth={self.max_depth} must be at most {MAX_DEPTH}")
         temperature = self.draft_temperature
         if temperature is not None and not (is_number(temperature) and 0 < temperature < math.inf):
             raise ConfigError(f"draft_temperature={temperature!r} must be above 0 and finite")
+        self._check_independence()
 
-    def widths(self, num_drafters: int) -> tuple[int, ...]:
-        """The shape each of so many drafters grows, cut to max_depth and max_nodes.
+    def _check_independence(self) -> None:
+        """Some verifiers are exact for independent draws alone, and some trees never have them."""
+        if self.verifier in IID_VERIFIERS and self.draw not in ("auto", "iid"):
+            raise ConfigError(f'verifier={self.verifier!r} needs draw="iid", not {self.draw!r}')
+        if self.tree in GROWN_TREES:
+            if self.draw == "iid":
+                raise ConfigError(
+                    f"tree={self.tree!r} draws without replacement: leave draw out, or take a "
+                    f'shape such as "{PAPER_TREE}"'
+                )
+            if self.verifier in IID_VERIFIERS:
+                raise ConfigError(
+                    f"verifier={self.verifier!r} needs independent draws, which "
+                    f'tree={self.tree!r} does not make: take paths such as "4x8"'
+                )
 
-        returns  () for no speculation
+    @property
+    def _is_paths(self) -> bool:
+        return isinstance(self.tree, str) and parse_paths(self.tree) is not None
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is guessed."""
+        return self.tree == "off"
+
+    @property
+    def depth(self) -> int:
+        """The deepest node a tree may have."""
+        if self.is_off:
+            return 0
+        if self.tree in TREE_NAMES:
+            return self.max_depth or _DEFAULT_DEPTH
+        paths = parse_paths(self.tree)
+        depth = paths[1] if paths else len(parse_tree(self.tree))
+        return min(depth, self.max_depth or depth)
+
+    def num_nodes(self, num_drafters: int) -> int:
+        """Drafted nodes a tree of so many drafters may have.
+
+        returns  0 for no speculation
         raises   ConfigError if there is no drafter for what was asked, or max_nodes leaves nothing
         """
         if num_drafters == 0 and self not in (Speculation(), Speculation(tree="off")):
@@ -123,18 +189,40 @@ class Speculation:
                 if getattr(self, field.name) != field.default
             )
             raise ConfigError(f"{asked} needs a drafter: give one (--drafter), or leave it out")
-        if self.tree == "off" or num_drafters == 0:
-            return ()
-        widths = parse_tree(PAPER_TREE if self.tree == "auto" else self.tree)[: self.max_depth]
+        if self.is_off or num_drafters == 0:
+            return 0
+        if self.tree in TREE_NAMES:
+            return self.max_nodes or _DEFAULT_NODES[self.tree]
+        levels = self._level_counts()
+        fitting = [count * num_drafters for count in levels]
         if self.max_nodes is not None:
-            while widths and count_nodes(widths) * num_drafters > self.max_nodes:
-                widths = widths[:-1]
-            if not widths:
+            fitting = [count for count in fitting if count <= self.max_nodes]
+            if not fitting:
                 raise ConfigError(
                     f"max_nodes={self.max_nodes} has no room for the first level of "
                     f'tree={self.tree!r} of {num_drafters} drafters: raise it, or use tree="off"'
                 )
-        return widths
+        return fitting[-1]
+
+    def _level_counts(self) -> list[int]:
+        """Nodes of one drafter's shape down to depth 1, 2, …"""
+        paths = parse_paths(self.tree)
+        if paths is not None:
+            return [paths[0] * depth for depth in range(1, self.depth + 1)]
+        widths = parse_tree(self.tree)
+        return [count_nodes(widths[:depth]) for depth in range(1, self.depth + 1)]
+
+
+def read_speculation(options: Mapping[str, Any]) -> Speculation:
+    """`Speculation` from its fields' names and values.
+
+    raises  ConfigError for a name it does not have
+    """
+    known = [each.name for each in fields(Speculation)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"speculation has no {name!r}: known are {', '.join(known)}")
+    return Speculation(**options)
 
 
 def read_speculative_config(text: str) -> tuple[list[str], Speculation]:

@@ -1,11 +1,11 @@
 """What one caller asked for, and what comes back: names and defaults are vLLM's."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from specinfer.config import check_integer, is_number
+from specinfer.config import Speculation, check_integer, is_number, read_speculation
 from specinfer.errors import ConfigError
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -23,7 +23,6 @@ UNBUILT_FIELDS = (
     "allowed_token_ids",
     "priority",
     "prediction",
-    "speculation",
     "target_tpot_s",
 )
 
@@ -44,6 +43,7 @@ class SamplingParams:
     max_tokens       output tokens at most; None: the rest of the context
     min_tokens       end tokens are not sampled before this many output tokens
     ignore_eos       go on past the model's end tokens
+    speculation      this request's own, such as {"tree": "off"}; None: the engine's
     skip_special_tokens         leave special tokens out of the text
     include_stop_str_in_output  keep the stop string in the text
 
@@ -76,7 +76,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     priority: int = 0
     prediction: str | None = None
-    speculation: dict[str, Any] | None = None
+    speculation: Speculation | Mapping[str, Any] | None = None
     target_tpot_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -84,6 +84,7 @@ class SamplingParams:
             if getattr(self, name) != _DEFAULTS[name]:
                 raise ConfigError(f"{name} is not built yet: leave it out")
         self._check_types()
+        _ = self.own_speculation
         requirements = (
             ("temperature", 0 <= self.temperature < math.inf, "finite and at least 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
@@ -112,6 +113,13 @@ class SamplingParams:
             raise ConfigError(f"stop={self.stop!r} must be a string or a list of strings")
         for token in self.stop_token_ids or ():
             check_integer("stop_token_ids: token id", token, least=0)
+
+    @property
+    def own_speculation(self) -> Speculation | None:
+        """`speculation` as a value; None: the engine's."""
+        if self.speculation is None or isinstance(self.speculation, Speculation):
+            return self.speculation
+        return read_speculation(self.speculation)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

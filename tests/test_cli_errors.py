@@ -123,7 +123,7 @@ def test_a_drafter_with_another_vocabulary(tmp_path: Path) -> None:
         (["Hi", "--max-tokens", "0"], ["max_tokens=0", "at least 1"]),
         (["Hi", "--n", "0"], ["n=0", "at least 1"]),
         (["Hi", "--tree", "1,0,x"], ["tree='1,0,x'", "widths"]),
-        (["Hi", "--tree", "sequoia"], ["sequoia", "not built"]),
+        (["Hi", "--tree", "bonsai"], ["bonsai", "sequoia", "calibrated"]),
         (["Hi", "--verifier", "wrong"], ["verifier='wrong'", "topdown"]),
         (["Hi", "--kv-cache-memory", "1000"], ["kv_cache_memory=1000", "at least", "bytes"]),
         (["Hi", "--max-model-len", "5000"], ["max_model_len=5000", "2048"]),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from specinfer.config import (
+    PAPER_TREE,
     EngineConfig,
     Speculation,
     count_nodes,
@@ -19,12 +20,15 @@ def test_a_shape_counts_its_nodes() -> None:
     assert parse_tree("1, 1,3") == (1, 1, 3)
     assert count_nodes((1, 1, 3, 1, 1, 1, 1, 1)) == 20
     assert count_nodes(()) == 0
-    assert Speculation(max_depth=3).widths(1) == (1, 1, 3)
-    assert Speculation(tree="2,2,2", max_nodes=6).widths(1) == (2, 2)
-    assert Speculation(tree="off").widths(1) == ()
+    assert Speculation(tree=PAPER_TREE, max_depth=3).num_nodes(1) == 5
+    assert Speculation(tree="2,2,2", max_nodes=6).num_nodes(1) == 6
+    assert Speculation(tree="2,2,2", max_nodes=11).num_nodes(2) == 4
+    assert Speculation(tree="4x8", max_nodes=11).num_nodes(1) == 8
+    assert Speculation(tree="calibrated", max_nodes=11).num_nodes(2) == 11
+    assert Speculation(tree="off").num_nodes(1) == 0
 
 
-@pytest.mark.parametrize("tree", ["", "1,0,x", "1,,1", "-1", "1.5", "٣", "wide"])
+@pytest.mark.parametrize("tree", ["", "1,0,x", "1,,1", "-1", "1.5", "٣", "wide", "4x", "0x4", "x"])
 def test_a_malformed_shape(tree: str) -> None:
     with pytest.raises(ConfigError, match="is not a tree shape"):
         Speculation(tree=tree)
@@ -36,6 +40,10 @@ def test_a_malformed_shape(tree: str) -> None:
         ({"verifier": "wrong"}, "use one of auto, match, topdown, traversal"),
         ({"draw": "wrong"}, "use one of auto, iid, without-replacement, pick"),
         ({"max_nodes": 0}, "max_nodes=0 must be at least 1"),
+        ({"max_nodes": 4096}, "at most 2048"),
+        ({"tree": "calibrated", "draw": "iid"}, "draws without replacement"),
+        ({"tree": "auto", "verifier": "gbv"}, "needs independent draws"),
+        ({"tree": "4x2", "verifier": "kseq", "draw": "pick"}, 'needs draw="iid"'),
         ({"draft_temperature": 0.0}, "draft_temperature=0.0 must be above 0"),
     ],
 )

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from specinfer.config import EngineConfig, Speculation, VerifierName
+from specinfer.config import PAPER_TREE, EngineConfig, Speculation, VerifierName
 from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence
-from specinfer.errors import CapacityError, ConfigError, RequestError
+from specinfer.errors import CapacityError, RequestError
 from specinfer.models.decoder import Decoder
 from specinfer.request import SamplingParams
 from tests.engines import (
@@ -312,7 +312,10 @@ def test_unseeded_requests_do_not_depend_on_their_neighbours(
     texts = []
     for max_num_seqs in (1, 4):
         engine = engine_with(
-            target, other, config=EngineConfig(max_num_seqs=max_num_seqs, block_size=4)
+            target,
+            other,
+            speculation=Speculation(tree=PAPER_TREE),  # grown trees learn from their neighbours
+            config=EngineConfig(max_num_seqs=max_num_seqs, block_size=4),
         )
         texts.append(outputs_of(run(engine, random_prompts(6), [params] * 6)))
     assert texts[0] == texts[1]
@@ -385,7 +388,7 @@ def test_refused_requests_leave_nothing_behind(target: Decoder) -> None:
         assert free_blocks(engine) == 10
 
 
-def test_speculation_changes_between_requests_only(target: Decoder) -> None:
+def test_speculation_changes_for_requests_to_come(target: Decoder) -> None:
     engine = engine_with(target, target, speculation=Speculation(tree="1"))
     params = SamplingParams(max_tokens=12, temperature=0.0)
     expected = outputs_of(run(toy_engine(target), [[1, 2]], [params]))
@@ -394,10 +397,13 @@ def test_speculation_changes_between_requests_only(target: Decoder) -> None:
         (sequence,) = run(engine, [[1, 2]], [params])
         assert outputs_of([sequence]) == expected
         assert sequence.stats.num_target_steps == num_steps
-    engine.add("0", [1, 2], params)
-    with pytest.raises(ConfigError, match="while requests run"):
-        engine.set_speculation(Speculation(tree="2"))
+    (early,) = engine.add("0", [1, 2], params)
+    engine.set_speculation(Speculation(tree="1,1,1"))
+    own = SamplingParams(max_tokens=12, temperature=0.0, speculation={"tree": "1"})
+    late = [*engine.add("1", [1, 2], params), *engine.add("2", [1, 2], own)]
     finish(engine)
+    assert [s.stats.num_target_steps for s in (early, *late)] == [12, 4, 7]
+    assert [s.tokens for s in (early, *late)] == [early.tokens] * 3
 
 
 def test_a_sequence_may_fill_the_context(target: Decoder) -> None:

@@ -114,8 +114,8 @@ def test_speculation_that_would_come_to_nothing(speculation: Speculation, drafte
 
 def test_max_nodes_counts_all_drafters() -> None:
     speculation = Speculation(tree="2,2", max_nodes=6)
-    assert speculation.widths(1) == (2, 2)
-    assert speculation.widths(2) == (2,)
+    assert speculation.num_nodes(1) == 6
+    assert speculation.num_nodes(2) == 4
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "~nosuchuser/model", "", "a b"])

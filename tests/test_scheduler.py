@@ -24,6 +24,7 @@ class Fake:
     max_total: int
     num_computed: int = 0
     pages: Pages | None = None
+    max_nodes: int = MAX_NODES
 
     @property
     def num_pending(self) -> int:
@@ -50,7 +51,6 @@ class Traffic:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.budget,
         )
-        self.scheduler.max_nodes = MAX_NODES
 
     def arrive(self, count: int = 1) -> None:
         """A request of `count` samples."""
@@ -199,7 +199,7 @@ def test_long_prompts_are_cut_and_do_not_hold_up_those_who_decode() -> None:
 def test_first_come_first_served_even_where_a_later_one_would_fit() -> None:
     allocator = BlockAllocator(10, 4)
     scheduler = Scheduler(allocator, max_num_seqs=4, max_num_batched_tokens=99)
-    first, big, small = Fake(2, 24), Fake(2, 24), Fake(2, 4)
+    first, big, small = (Fake(2, total, max_nodes=0) for total in (24, 24, 4))
     for fake in (first, big, small):
         scheduler.add(fake)  # type: ignore[arg-type]
     scheduler.schedule()
@@ -212,8 +212,7 @@ def test_first_come_first_served_even_where_a_later_one_would_fit() -> None:
 def test_what_could_never_run_is_refused_at_once() -> None:
     allocator = BlockAllocator(4, 4)
     scheduler = Scheduler(allocator, max_num_seqs=4, max_num_batched_tokens=99)
-    scheduler.max_nodes = 3
-    scheduler.add(Fake(1, 13))  # type: ignore[arg-type]
+    scheduler.add(Fake(1, 13, max_nodes=3))  # type: ignore[arg-type]
     with pytest.raises(CapacityError, match="up to 14 tokens and a tree of 3 nodes"):
-        scheduler.add(Fake(1, 14))  # type: ignore[arg-type]
+        scheduler.add(Fake(1, 14, max_nodes=3))  # type: ignore[arg-type]
     assert len(scheduler.waiting) == 1

@@ -1,5 +1,6 @@
 """Fixed shapes: every slot's recorded law is the one its token was drawn from."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import Tensor
 from specinfer import sampling
 from specinfer.config import Draw
 from specinfer.draft.base import Draft
-from specinfer.draft.shapes import Grown, Growth, grow
+from specinfer.draft.growth import Grown, Growth
+from specinfer.draft.shapes import PathsShape, ShapeBuilder, TreeShape, best_shapes
 from specinfer.request import SamplingParams
 from specinfer.sampling import RowFilters, SeededNoise, gumbel_noise, target_laws
 from specinfer.tree import TokenTree
@@ -50,15 +52,32 @@ def text_to(draft: Draft, node: int) -> list[int]:
 
 
 def growth(
-    widths: tuple[int, ...] = (3, 2),
     draw: Draw = "iid",
     *,
     key: int = 0,
     params: SamplingParams = PLAIN,
     noise: SeededNoise | None = None,
+    max_depth: int = 8,
 ) -> Growth:
-    rng = np.random.default_rng(key)
-    return Growth(key, [4, 2, key % VOCAB], run_pages(64), widths, params, draw, rng, noise)
+    return Growth(
+        key=key,
+        tokens=[4, 2, key % VOCAB],
+        pages=run_pages(64),
+        params=params,
+        draw=draw,
+        regime="hot",
+        rng=np.random.default_rng(key),
+        noise=noise,
+        sources=(0, 1),
+        max_nodes=100,
+        max_depth=max_depth,
+    )
+
+
+def grow(widths: tuple[int, ...], growths: list[Growth], drafters: list[Any]) -> list[Grown]:
+    for each in growths:
+        each.sources = range(len(drafters))
+    return ShapeBuilder(TreeShape.of_widths(widths)).grow(growths, drafters)
 
 
 def law_at(oracle: Oracle, draft: Draft, node: int, params: SamplingParams) -> np.ndarray:
@@ -93,8 +112,8 @@ def test_recorded_laws_are_those_used(
     oracle = Oracle(1)
     for key in range(5):
         drawn.clear()
-        (grown,) = grow([growth(widths, draw, key=key, params=params)], [oracle])
-        tree, draft = grown.tree, grown.drafts[0]
+        (grown,) = grow(widths, [growth(draw, key=key, params=params)], [oracle])
+        tree, draft = grown.tree, grown.parts[0][0]
         assert len(drawn) == len(tree.slots)
         for slot, (used, token) in zip(tree.slots, drawn, strict=True):
             assert slot.law is not None
@@ -118,7 +137,7 @@ def test_recorded_laws_are_those_used(
 @pytest.mark.parametrize("draw", ["iid", "without-replacement", "pick"])
 def test_every_node_gets_its_slots(draw: Draw) -> None:
     oracle = Oracle(2)
-    (grown,) = grow([growth((2, 1, 3), draw)], [oracle])
+    (grown,) = grow((2, 1, 3), [growth(draw)], [oracle])
     tree = grown.tree
     for node in range(len(tree)):
         width = (2, 1, 3, 0)[tree.depths[node]]
@@ -130,7 +149,7 @@ def test_every_node_gets_its_slots(draw: Draw) -> None:
 
 @pytest.mark.parametrize("draw", ["iid", "without-replacement", "pick"])
 def test_what_cannot_come_is_not_proposed(draw: Draw) -> None:
-    (grown,) = grow([growth((4, 3), draw)], [Oracle(3, support=2)])
+    (grown,) = grow((4, 3), [growth(draw)], [Oracle(3, support=2)])
     assert set(grown.tree.tokens[1:]) <= {0, 1}
     if draw != "iid":
         assert len(grown.tree.children(0)) == 2  # two tokens are all there are
@@ -142,11 +161,11 @@ def best(scores: np.ndarray, count: int) -> list[int]:
 
 def test_picks_are_the_best_in_order() -> None:
     oracle = Oracle(4)
-    (grown,) = grow([growth((3, 1, 2), "pick")], [oracle])
+    (grown,) = grow((3, 1, 2), [growth("pick")], [oracle])
     tree = grown.tree
     for node in range(len(tree)):
         if tree.depths[node] < 3:
-            row = oracle.row(text_to(grown.drafts[0], node)).numpy()
+            row = oracle.row(text_to(grown.parts[0][0], node)).numpy()
             children = [tree.tokens[child] for child in tree.children(node)]
             assert children == best(row, (3, 1, 2)[tree.depths[node]])
     assert all(slot.law is not None and slot.law.is_pick for slot in tree.slots)
@@ -155,8 +174,8 @@ def test_picks_are_the_best_in_order() -> None:
 def test_seeded_picks_share_the_targets_noise() -> None:
     oracle, params = Oracle(5), SamplingParams(temperature=0.7, top_p=0.9, seed=11)
     noise = SeededNoise(11, 2, VOCAB)
-    (grown,) = grow([growth((3, 2), "pick", params=params, noise=noise)], [oracle])
-    tree, draft = grown.tree, grown.drafts[0]
+    (grown,) = grow((3, 2), [growth("pick", params=params, noise=noise)], [oracle])
+    tree, draft = grown.tree, grown.parts[0][0]
     for node in range(len(tree)):
         depth = tree.depths[node]
         if depth < 2:
@@ -174,22 +193,22 @@ def shape_of(tree: TokenTree) -> list[tuple[int, int]]:
 def mixed_growths() -> list[Growth]:
     """Requests of every kind and of different depths."""
     return [
-        growth((2, 1), "pick", key=0),
-        growth((1, 2, 2), "iid", key=1, params=SamplingParams(temperature=0.5)),
-        growth((3,), "pick", key=2, noise=SeededNoise(7, 0, VOCAB)),
-        growth((1, 1, 1, 1), "without-replacement", key=3),
-        growth((2, 2), "pick", key=4),
-        growth((2,), "iid", key=5),
+        growth("pick", key=0, max_depth=2),
+        growth("iid", key=1, params=SamplingParams(temperature=0.5), max_depth=3),
+        growth("pick", key=2, noise=SeededNoise(7, 0, VOCAB), max_depth=1),
+        growth("without-replacement", key=3),
+        growth("pick", key=4, max_depth=2),
+        growth("iid", key=5, max_depth=1),
     ]
 
 
 @pytest.mark.parametrize("num_drafters", [1, 2])
 def test_a_batch_grows_what_each_would_alone(num_drafters: int) -> None:
-    oracles = [Oracle(6), Oracle(7)][:num_drafters]
-    together = grow(mixed_growths(), oracles)
+    oracles, widths = [Oracle(6), Oracle(7)][:num_drafters], (2, 1, 2, 1)
+    together = grow(widths, mixed_growths(), oracles)
     assert oracles[0].calls == [6, 4, 2, 1]  # a pass per level for all that are open
     for index, grown in enumerate(together):
-        (alone,) = grow([mixed_growths()[index]], oracles)
+        (alone,) = grow(widths, [mixed_growths()[index]], oracles)
         assert shape_of(grown.tree) == shape_of(alone.tree)
         assert [s[:3] for s in grown.tree.slots] == [s[:3] for s in alone.tree.slots]
 
@@ -198,12 +217,11 @@ def test_a_batch_grows_what_each_would_alone(num_drafters: int) -> None:
 def test_two_drafters_keep_their_slots_and_laws(draw: Draw) -> None:
     oracles = [Oracle(8), Oracle(9)]
     for key in range(10):
-        (grown,) = grow([growth((3, 2), draw, key=key)], oracles)
+        (grown,) = grow((3, 2), [growth(draw, key=key)], oracles)
         require_lawful(grown.tree, "traversal", VOCAB)
         slots = [(slot, grown.tree) for slot in grown.tree.slots]
-        assert len(slots) == sum(len(draft.tree.slots) for draft in grown.drafts)
-        for source, draft in enumerate(grown.drafts):
-            of = grown.maps[source]
+        assert len(slots) == sum(len(draft.tree.slots) for draft, _ in grown.parts.values())
+        for source, (draft, of) in grown.parts.items():
             assert [grown.tree.tokens[of[n]] for n in range(len(draft.tree))] == draft.tree.tokens
             merged = {
                 (slot.parent, slot.node, id(slot.law and slot.law.rows))
@@ -220,10 +238,95 @@ def test_two_drafters_keep_their_slots_and_laws(draw: Draw) -> None:
 
 def check_own_paths(grown: Grown, source: int) -> None:
     """The part of each path that a drafter is told of is the part that it proposed."""
-    of = grown.maps[source]
+    draft, of = grown.parts[source]
     for node in range(len(grown.tree)):
         path = grown.tree.path(node)
         own = grown.own_path(source, path)
         assert [of[each] for each in own] == path[: len(own)]
         assert len(own) == len(path) or path[len(own)] not in of
-        assert own == grown.drafts[source].tree.path(own[-1] if own else 0)
+        assert own == draft.tree.path(own[-1] if own else 0)
+
+
+def test_levels_that_do_not_fit_are_left_out() -> None:
+    for max_nodes, depth in ((1, 0), (2, 1), (7, 2), (8, 3)):
+        one = growth("pick")
+        one.max_nodes = max_nodes
+        (grown,) = grow((2, 1, 2), [one], [Oracle(1)])
+        assert max(grown.tree.depths) == depth
+
+
+# --- independent paths ----------------------------------------------------------------------------
+
+
+def test_paths_carry_their_number_down() -> None:
+    """As many slots under a node as paths lead there, all from its one law."""
+    for key in range(20):
+        one = growth("iid", key=key)
+        one.sources = [0]
+        (grown,) = ShapeBuilder(PathsShape(5, 3)).grow([one], [Oracle(2, support=3)])
+        tree = grown.tree
+        for node in range(len(tree)):
+            led = sum(slot.node == node for slot in tree.slots)
+            expected = 0 if tree.depths[node] == 3 else led or 5
+            assert len(tree.slots_of[node]) == expected
+            assert (
+                len({(id(tree.slots[s].law), tree.slots[s].parent) for s in tree.slots_of[node]})
+                <= 1
+            )
+
+
+# --- Sequoia --------------------------------------------------------------------------------------
+
+
+def expected_size(shape: TreeShape, places: np.ndarray, place: int = 0) -> float:
+    return 1.0 + sum(
+        places[rank] * expected_size(shape, places, shape.below(place, [rank]))
+        for rank in range(shape.width(place, 0))
+    )
+
+
+def all_sizes(places: np.ndarray, num_nodes: int, depth: int) -> float:
+    """The best expected size, by trying every way to share nodes among children."""
+
+    @functools.cache
+    def under(nodes: int, depth: int, place: int) -> float:
+        """The best of places `place` … with so many nodes left, unconditionally."""
+        if nodes == 0 or depth == 0 or place == len(places):
+            return 0.0
+        return max(
+            (places[place] * (1.0 + under(m - 1, depth - 1, 0)) if m else 0.0)
+            + under(nodes - m, depth, place + 1)
+            for m in range(nodes + 1)
+        )
+
+    return 1.0 + under(num_nodes, depth, 0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sequoias_shapes_are_the_best(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    places = np.sort(rng.dirichlet([0.7] * 5))[::-1] * rng.uniform(0.5, 1)
+    table = best_shapes(places, 12, 5)
+    for num_nodes, depth in ((1, 1), (3, 2), (7, 5), (12, 1), (12, 3), (12, 5)):
+        shape = table.shape(num_nodes, depth)
+        assert shape.depth <= depth
+        assert shape.count(depth) <= num_nodes
+        best = all_sizes(places, num_nodes, depth)
+        assert table.sizes[depth, num_nodes] == pytest.approx(best, abs=1e-12)
+        assert expected_size(shape, places) == pytest.approx(best, abs=1e-12)
+
+
+def test_sequoias_size_follows_the_times() -> None:
+    table = best_shapes(np.array([0.7, 0.15, 0.05]), 32, 8)
+    sizes = table.sizes
+    for draft_s, slope in ((0.0, 0.0), (0.1, 0.0), (0.05, 0.2), (5.0, 5.0)):
+        target_s = 1.0 + slope * np.arange(34)
+        num_nodes, depth = table.fastest(draft_s, target_s)
+        cost = {
+            (n, d): (d * draft_s + target_s[n + 1]) / sizes[d, n]
+            for d in range(9)
+            for n in range(33)
+        }
+        assert cost[num_nodes, depth] == pytest.approx(min(cost.values()))
+    assert (num_nodes, depth) == (0, 0)  # where nothing is worth its time
+    assert table.shape(0, 0).count(0) == 0

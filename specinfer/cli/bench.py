@@ -69,7 +69,7 @@ def bench_latency(
     Greedy and 64 tokens long unless --temperature and --max-tokens say otherwise. Prompts go
     through the chat template if the model has one.
     """
-    if not asked.drafters or not asked.speculation.widths(len(asked.drafters)):
+    if not asked.drafters or not asked.speculation.num_nodes(len(asked.drafters)):
         raise ConfigError("there is nothing to compare: give --drafter and a --tree")
     if asked.sampling.get("n", 1) != 1:
         raise ConfigError(f"n={asked.sampling['n']}: latency is that of one continuation")
@@ -171,7 +171,7 @@ def _describe(asked: Asked, texts: list[str], pairs: int) -> dict[str, Any]:
         "model": asked.loading.model,
         "drafters": list(asked.drafters),
         "speculation": asdict(asked.speculation)
-        | {"widths": asked.speculation.widths(len(asked.drafters))},
+        | {"max_nodes": asked.speculation.num_nodes(len(asked.drafters))},
         "sampling": dict(asked.sampling),
         "prompts": texts,
         "pairs": pairs,

@@ -104,7 +104,7 @@ class Asked:
             speculation, drafters = replace(speculation, tree=translated.tree), tuple(names)
         else:
             drafters = _resolve_drafters(loading, "drafter" in values[Loading])
-        speculation.widths(len(drafters))  # refuses what no drafter would grow
+        speculation.num_nodes(len(drafters))  # refuses what no drafter would grow
         return cls(
             loading,
             drafters,

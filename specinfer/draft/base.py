@@ -1,5 +1,6 @@
-"""What a drafter is: something that scores frontier nodes of every request's tree in one pass."""
+"""What a drafter is: it guesses at frontier nodes of every request's tree, in one batched pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,21 +9,26 @@ from torch import Tensor
 from specinfer.cache.blocks import Pages
 from specinfer.tree import TokenTree
 
+Pick = tuple[int, float]
+"""A token chosen by looking at it, and how likely its drafter holds it to be, in (0, 1)."""
+
 
 @dataclass(slots=True, eq=False)
 class Draft:
     """One request as its drafters see it during one step.
 
-    key     identifies the request from step to step
-    tokens  everything known: prompt and committed output; the last one is the root
-    pages   where keys stand, in this drafter's own pool under the same slot numbers
-    tree    the tree this drafter is growing: node ids below are this tree's own
+    key         identifies the request from step to step
+    tokens      everything known: prompt and committed output; the last one is the root
+    pages       where keys stand, in this drafter's own pool under the same slot numbers
+    tree        the tree this drafter is growing: node ids below are this tree's own
+    prediction  what the caller expects the output to be; () for nothing
     """
 
     key: int
     tokens: list[int]
     pages: Pages
     tree: TokenTree
+    prediction: Sequence[int] = ()
 
 
 class Drafter(Protocol):
@@ -32,12 +38,13 @@ class Drafter(Protocol):
     max_positions: int
     """Positions it was built for: beyond them its guesses are worth nothing, so it is not asked."""
 
-    def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Tensor:
-        """Score the token after each frontier node, for all requests in one batched pass.
+    def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Tensor | list[list[Pick]]:
+        """Guess the token after each frontier node, for all requests in one batched pass.
 
         frontier  per request, nodes of its tree: the root alone first (node 0), afterwards nodes
                   whose parents were expanded before, in the same step
-        returns   [nodes, vocab] float32 logits, requests and nodes in the given order
+        returns   for requests and nodes in the given order, either [nodes, vocab] float32 logits,
+                  or a list of picks per node, likeliest first, [] where it knows nothing
         """
         ...
 

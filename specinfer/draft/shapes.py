@@ -1,185 +1,311 @@
-"""Fixed shapes <k1, k2, …>: every node at depth d gets the same number of slots.
+"""Shapes known before anything is drafted: <k1, k2, …>, i.i.d. paths, and Sequoia's trees.
 
 Each drafter draws its full shape level by level, one batched pass per level for all requests; the
 trees of several drafters are merged after the fact (SpecInfer §3).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
-from specinfer.cache.blocks import Pages
-from specinfer.config import Draw
 from specinfer.draft.base import Draft, Drafter
-from specinfer.request import SamplingParams
-from specinfer.sampling import (
-    RowFilters,
-    SeededNoise,
-    add_iid,
-    add_picks,
-    add_without_replacement,
-    target_laws,
-)
+from specinfer.draft.growth import Grown, Growth, Guesses, guess, likeliest
+from specinfer.sampling import add_iid, add_picks, add_without_replacement
 from specinfer.tree import Floats, TokenTree, union
 
 
-@dataclass(slots=True, eq=False)
-class Growth:
-    """One request's tree to be grown in this step.
+class Shape(Protocol):
+    """How many slots each node gets, by where it stands; places are numbers of the shape's own.
 
-    key, tokens, pages  as `Draft` has them
-    widths              slots per node at depth 1, 2, …
-    params              the drafter's law: the request's filters at the drafter's temperature
-    draw                how slots are drawn, resolved: never "auto"
-    rng                 the request's own randomness, for draws and for the order of a union
-    noise               a seeded request's noise: picks are made with it
+    depth  of its deepest nodes; the root's place is 0
     """
 
-    key: int
-    tokens: list[int]
-    pages: Pages
-    widths: tuple[int, ...]
-    params: SamplingParams
-    draw: Draw
-    rng: np.random.Generator
-    noise: SeededNoise | None
+    depth: int
+
+    def width(self, place: int, depth: int) -> int:
+        """Slots under a node at this place."""
+        ...
+
+    def below(self, place: int, ranks: Sequence[int]) -> int:
+        """The place of the child that the slots of these ranks lead to."""
+        ...
+
+    def count(self, depth: int) -> int:
+        """Nodes down to this depth at most, without the root."""
+        ...
+
+
+class TreeShape:
+    """A tree drawn beforehand: `children[place]` are the places below, likeliest first."""
+
+    def __init__(self, children: Sequence[Sequence[int]]) -> None:
+        """Take a shape whose places are numbered with parents before children, the root 0."""
+        self._children = children
+        depths = [0] * len(children)
+        for place, below in enumerate(children):
+            for child in below:
+                depths[child] = depths[place] + 1
+        self.depth = max(depths)
+        self._counts = np.bincount(depths).cumsum() - 1
+
+    @classmethod
+    def of_widths(cls, widths: Sequence[int]) -> "TreeShape":
+        """<k1, k2, …>: every node at depth d has the same number of slots."""
+        children: list[list[int]] = [[]]
+        level = [0]
+        for width in widths:
+            below = []
+            for place in level:
+                for _ in range(width):
+                    children[place].append(len(children))
+                    below.append(len(children))
+                    children.append([])
+            level = below
+        return cls(children)
+
+    def width(self, place: int, depth: int) -> int:
+        """See `Shape.width`."""
+        return len(self._children[place])
+
+    def below(self, place: int, ranks: Sequence[int]) -> int:
+        """See `Shape.below`."""
+        return self._children[place][ranks[0]]
+
+    def count(self, depth: int) -> int:
+        """See `Shape.count`."""
+        return int(self._counts[min(depth, self.depth)])
+
+
+class PathsShape:
+    """K independent paths (SpecTr, GBV): a node has as many slots as paths lead through it.
+
+    A place is how many paths lead there; the root's, 0, stands for all K.
+    """
+
+    def __init__(self, num_paths: int, depth: int) -> None:
+        self.depth = depth
+        self._num_paths = num_paths
+
+    def width(self, place: int, depth: int) -> int:
+        """See `Shape.width`."""
+        return (place or self._num_paths) if depth < self.depth else 0
+
+    def below(self, place: int, ranks: Sequence[int]) -> int:
+        """See `Shape.below`."""
+        return len(ranks)
+
+    def count(self, depth: int) -> int:
+        """See `Shape.count`."""
+        return self._num_paths * min(depth, self.depth)
 
 
 @dataclass(slots=True, eq=False)
-class Grown:
-    """A finished tree, and each drafter's part of it.
+class _Part:
+    """One request's tree by one drafter, while it grows."""
 
-    drafts  per drafter, its own tree
-    maps    per drafter: own node -> node of `tree`
-    """
-
-    tree: TokenTree
-    drafts: list[Draft]
-    maps: list[list[int]]
-
-    def own_path(self, drafter: int, path: Sequence[int]) -> list[int]:
-        """The leading part of an accepted path that one drafter proposed, in its own nodes."""
-        if len(self.drafts) == 1:
-            return list(path)
-        own = {node: index for index, node in enumerate(self.maps[drafter])}
-        nodes = []
-        for node in path:
-            if node not in own:
-                break
-            nodes.append(own[node])
-        return nodes
+    growth: Growth
+    draft: Draft
+    depth: int
+    places: dict[int, int]
+    level: list[int]
 
 
-def grow(growths: Sequence[Growth], drafters: Sequence[Drafter]) -> list[Grown]:
-    """Grow one tree per request with every drafter, and merge."""
-    parts = [_grow_alone(growths, drafter, source) for source, drafter in enumerate(drafters)]
-    grown = []
-    for index, growth in enumerate(growths):
-        drafts = [part[index] for part in parts]
-        if len(drafts) == 1:
-            grown.append(Grown(drafts[0].tree, drafts, []))
-        else:
-            tree, maps = union([draft.tree for draft in drafts], growth.rng)
-            grown.append(Grown(tree, drafts, maps))
-    return grown
+class ShapeBuilder:
+    """Grows every request's tree in one shape, each drafter its own."""
 
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
 
-def _grow_alone(growths: Sequence[Growth], drafter: Drafter, source: int) -> list[Draft]:
-    drafts = [Draft(g.key, g.tokens, g.pages, TokenTree(g.tokens[-1])) for g in growths]
-    level = [[0] for _ in growths]
-    for depth in range(max(len(growth.widths) for growth in growths)):
-        open_ids = [i for i, g in enumerate(growths) if depth < len(g.widths) and level[i]]
-        if not open_ids:
-            break
-        logits = drafter.expand([(drafts[i], level[i]) for i in open_ids])
-        proposals = _Proposals(
-            [(growths[i], len(level[i]), growths[i].widths[depth]) for i in open_ids],
-            logits,
-            depth,
-        )
-        for order, i in enumerate(open_ids):
-            level[i] = proposals.add(order, drafts[i].tree, level[i], source)
-    return drafts
+    def grow(self, growths: Sequence[Growth], drafters: Sequence[Drafter]) -> list[Grown]:
+        """See `Builder.grow`: the shape's first levels that fit max_depth and max_nodes.
 
-
-class _Proposals:
-    """One level's slots for all requests: picks and laws are computed in batches."""
-
-    def __init__(
-        self, parts: Sequence[tuple[Growth, int, int]], logits: Tensor, depth: int
-    ) -> None:
-        """Take the level apart.
-
-        parts   per request: its growth, its rows of `logits`, the width here
-        logits  [rows, vocab] after nodes at this depth
+        law   slots of one drafter as it drew them; see `union` for several
+        cost  one pass per drafter and level
         """
-        self._parts = parts
-        starts = np.cumsum([0, *(count for _, count, _ in parts)])
-        self._picks: dict[int, list[list[int]]] = {}
-        self._laws: dict[int, Floats] = {}
-        plain = [i for i, (g, _, _) in enumerate(parts) if g.draw == "pick" and g.noise is None]
-        seeded = [i for i, (g, _, _) in enumerate(parts) if g.draw == "pick" and g.noise]
-        drawn = [i for i, (g, _, _) in enumerate(parts) if g.draw != "pick"]
-        rows = {i: slice(int(starts[i]), int(starts[i + 1])) for i in range(len(parts))}
-        if plain:
-            self._pick(plain, _take(logits, rows, plain))
-        if seeded:
-            scores = self._law(seeded, _take(logits, rows, seeded)).log()
-            noise = np.concatenate([self._noise(i, depth) for i in seeded])
-            self._pick(seeded, scores + torch.from_numpy(noise).to(scores.device))
-        if drawn:
-            laws = self._law(drawn, _take(logits, rows, drawn)).cpu().numpy()
-            ends = np.cumsum([parts[i][1] for i in drawn])
-            self._laws = dict(zip(drawn, np.split(laws, ends[:-1]), strict=True))
+        depths = [self._depth(growth) for growth in growths]
+        parts: list[dict[int, _Part]] = [{} for _ in growths]
+        for source, drafter in enumerate(drafters):
+            own = []
+            for index, (growth, depth) in enumerate(zip(growths, depths, strict=True)):
+                if source in growth.sources and depth:
+                    draft = growth.draft(TokenTree(growth.tokens[-1]))
+                    parts[index][source] = _Part(growth, draft, depth, {0: 0}, [0])
+                    own.append(parts[index][source])
+            self._draw(drafter, own, source)
+        return [_finish(growth, each) for growth, each in zip(growths, parts, strict=True)]
 
-    def add(self, order: int, tree: TokenTree, nodes: list[int], source: int) -> list[int]:
-        """Put one request's slots under its nodes; returns the new nodes."""
-        growth, _, width = self._parts[order]
-        new: list[int] = []
-        for row, node in enumerate(nodes):
-            if growth.draw == "pick":
-                new += add_picks(tree, node, self._picks[order][row][:width], source=source)
-            else:
-                add = add_iid if growth.draw == "iid" else add_without_replacement
-                new += add(tree, node, self._laws[order], row, width, growth.rng, source=source)
+    def _depth(self, growth: Growth) -> int:
+        """How many levels the request has room for; all its drafters' nodes count."""
+        depth = min(self.shape.depth, growth.max_depth)
+        while depth and self.shape.count(depth) * len(growth.sources) > growth.max_nodes:
+            depth -= 1
+        return depth
+
+    def _draw(self, drafter: Drafter, parts: Sequence[_Part], source: int) -> None:
+        depth = 0
+        while asked := [part for part in parts if part.level and depth < part.depth]:
+            said = guess(drafter, [(part.growth, part.draft, part.level) for part in asked])
+            slots = _Slots(said, max(self._widths(part, depth) for part in asked))
+            for part in asked:
+                part.level = self._add_level(part, depth, slots, source)
+            depth += 1
+
+    def _widths(self, part: _Part, depth: int) -> int:
+        return max(self.shape.width(part.places[node], depth) for node in part.level)
+
+    def _add_level(self, part: _Part, depth: int, slots: "_Slots", source: int) -> list[int]:
+        """Slots under every node of the level; returns the new nodes that may have some too."""
+        new = []
+        tree = part.draft.tree
+        for node in part.level:
+            place = part.places[node]
+            slots.add(part.growth, tree, node, self.shape.width(place, depth), source)
+            ranks: dict[int, list[int]] = {}
+            for rank, slot in enumerate(tree.slots_of[node]):
+                ranks.setdefault(tree.slots[slot].node, []).append(rank)
+            for child, led in ranks.items():
+                part.places[child] = below = self.shape.below(place, led)
+                if self.shape.width(below, depth + 1):
+                    new.append(child)
         return new
 
-    def _law(self, ids: Sequence[int], logits: Tensor) -> Tensor:
-        runs = [(self._parts[i][0].params, self._parts[i][1]) for i in ids]
-        return target_laws(logits, RowFilters.of(runs, device=logits.device))
 
-    def _noise(self, order: int, depth: int) -> Floats:
-        """[rows, vocab]: what will decide the target's token after nodes of this depth."""
-        growth, count, _ = self._parts[order]
-        assert growth.noise is not None
-        row = growth.noise.row(len(growth.tokens) + depth)
-        return np.broadcast_to(row, (count, len(row)))
+class _Slots:
+    """One level's guesses, handed out row by row in the order in which they were asked for."""
 
-    def _pick(self, ids: Sequence[int], scores: Tensor) -> None:
-        """The best tokens by score, without those that cannot come (score -inf)."""
-        width = min(max(self._parts[i][2] for i in ids), scores.shape[-1])
-        if width == 1 and scores.device.type == "cpu":
-            best = scores.numpy().argmax(-1)[:, None]  # numpy's is far faster than torch's here
-            tokens, possible = best.tolist(), np.take_along_axis(scores.numpy(), best, -1) > -np.inf
-        else:
-            top = scores.topk(width, -1)
-            tokens, possible = top.indices.tolist(), (top.values > -torch.inf).cpu().numpy()
-        if not possible.all():
-            tokens = [
-                [t for t, keep in zip(row, keeps, strict=True) if keep]
-                for row, keeps in zip(tokens, possible, strict=True)
+    def __init__(self, said: Guesses, width: int) -> None:
+        self._said = said
+        self._row = 0
+        self._rows: Floats | None = None
+        if said.laws is not None:
+            tokens, probabilities = likeliest(said.laws, width)
+            self._tokens = [
+                [t for t, p in zip(*row, strict=True) if p > 0]
+                for row in zip(tokens.tolist(), probabilities.tolist(), strict=True)
             ]
-        start = 0
-        for i in ids:
-            self._picks[i] = tokens[start : start + self._parts[i][1]]
-            start += self._parts[i][1]
+        else:
+            assert said.picks is not None
+            self._tokens = [[token for token, _ in picks] for picks in said.picks]
+
+    def add(self, growth: Growth, tree: TokenTree, node: int, width: int, source: int) -> None:
+        """Put up to `width` slots under a node, from the next row."""
+        row = self._row
+        self._row += 1
+        if growth.draw == "pick" or self._said.laws is None:
+            add_picks(tree, node, self._tokens[row][:width], source=source)
+            return
+        if self._rows is None:
+            self._rows = self._said.laws.cpu().numpy()
+        add = add_iid if growth.draw == "iid" else add_without_replacement
+        add(tree, node, self._rows, row, width, growth.rng, source=source)
 
 
-def _take(logits: Tensor, rows: dict[int, slice], ids: Sequence[int]) -> Tensor:
-    """The rows of some requests; no copy where they are all."""
-    if len(ids) == len(rows):
-        return logits
-    return torch.cat([logits[rows[i]] for i in ids])
+def _finish(growth: Growth, parts: dict[int, _Part]) -> Grown:
+    if not parts:
+        return Grown(TokenTree(growth.tokens[-1]), {})
+    drafts = {source: part.draft for source, part in parts.items()}
+    if len(drafts) == 1:
+        ((source, draft),) = drafts.items()
+        return Grown(draft.tree, {source: (draft, range(len(draft.tree)))})
+    tree, maps = union([draft.tree for draft in drafts.values()], growth.rng)
+    pairs = zip(drafts.items(), maps, strict=True)
+    return Grown(tree, {source: (draft, own) for (source, draft), own in pairs})
+
+
+# --- Sequoia --------------------------------------------------------------------------------------
+
+
+def best_shapes(places: npt.NDArray[np.float64], num_nodes: int, depth: int) -> "ShapeTable":
+    """Sequoia's dynamic programme: the shapes of greatest expected size.
+
+    places     [branches] float64: the chance that the accepted child is the j-th slot examined
+    num_nodes  drafted nodes at most, without the root
+    depth      deepest node
+    source     Sequoia (arXiv 2402.12374) §4.1: T(n, d, k), n nodes with the root, of which the
+               root has at most k children; F(n, d) = max over k. The maximum over how many nodes
+               the k-th child gets is one vector operation
+    cost       O(depth · branches · nodes²) multiplications: about 0.1 s for 512 nodes, depth 16
+               and 16 branches
+    """
+    size, branches = num_nodes + 1, len(places)
+    best = np.full((depth + 1, size + 1), -np.inf)  # F(n, d)
+    best[:, 1] = 1.0
+    choice = np.zeros((depth + 1, branches + 1, size + 1), np.int32)  # nodes of the k-th child
+    widest = np.zeros((depth + 1, size + 1), np.int32)  # the k that F takes
+    for d in range(1, depth + 1):
+        rows = np.full((branches + 1, size + 1), -np.inf)  # T(·, d, k)
+        rows[0, 1] = 1.0
+        for k in range(1, branches + 1):
+            gains = places[k - 1] * best[d - 1, 1:size]
+            rows[k], choice[d, k] = _best_split(rows[k - 1], gains)
+        best[d] = rows.max(0)
+        widest[d] = rows.argmax(0)
+    return ShapeTable(np.maximum.accumulate(best[:, 1:], 1), best, choice, widest)
+
+
+def _best_split(
+    left: npt.NDArray[np.float64], gains: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]:
+    """max over m of left[n - m] + gains[m - 1], with the m; m = 0 leaves `left` as it is."""
+    size = len(left)
+    padded = np.concatenate((np.full(size, -np.inf), left))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, size - 1)[1 : size + 1, ::-1]
+    # windows[n, m - 1] = left[n - m]
+    sums = windows[:, : len(gains)] + gains
+    m = sums.argmax(1)
+    best = sums[np.arange(size), m]
+    keep = left >= best
+    return np.where(keep, left, best), np.where(keep, 0, m + 1).astype(np.int32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShapeTable:
+    """Every best shape up to a number of nodes and a depth.
+
+    sizes  [depth + 1, nodes + 1]: the expected number of tokens per step with at most so many
+           drafted nodes and levels
+    """
+
+    sizes: npt.NDArray[np.float64]
+    _best: npt.NDArray[np.float64]
+    _choice: npt.NDArray[np.int32]
+    _widest: npt.NDArray[np.int32]
+
+    def fastest(
+        self, draft_s: float, target_s: Callable[[int], float] | npt.NDArray[np.float64]
+    ) -> tuple[int, int]:
+        """(nodes, depth) with the least time per token; (0, 0) where no tree is worth its time.
+
+        draft_s   seconds per level
+        target_s  seconds of a step by number of tokens, the root's included: [nodes + 2]
+        """
+        depths, nodes = self.sizes.shape
+        times = (
+            np.array([target_s(n) for n in range(nodes + 1)]) if callable(target_s) else target_s
+        )
+        seconds = np.arange(depths)[:, None] * draft_s + times[None, 1 : nodes + 1]
+        per_token = seconds / self.sizes
+        depth, num = np.unravel_index(int(per_token.argmin()), per_token.shape)
+        return int(num), int(depth)
+
+    def shape(self, num_nodes: int, depth: int) -> TreeShape:
+        """The shape of greatest expected size with at most so many drafted nodes and levels."""
+        size = int(self._best[depth, 1 : num_nodes + 2].argmax()) + 1
+        children: list[list[int]] = [[]]
+        pending = [(0, size, depth)]
+        for place, n, d in pending:  # grows while it is swept: parents before children
+            k = int(self._widest[d, n]) if d else 0
+            below = []
+            while k:
+                if m := int(self._choice[d, k, n]):
+                    below.append((m, d - 1))
+                    n -= m
+                k -= 1
+            for m, under in reversed(below):
+                children[place].append(len(children))
+                pending.append((len(children), m, under))
+                children.append([])
+        return TreeShape(children)

@@ -8,7 +8,7 @@ import torch
 
 from specinfer.cache.blocks import BlockAllocator
 from specinfer.cache.pool import KVPool
-from specinfer.config import EngineConfig, Speculation, count_nodes
+from specinfer.config import EngineConfig, Speculation
 from specinfer.draft.base import Drafter
 from specinfer.draft.model import ModelDrafter
 from specinfer.engine.engine import Engine
@@ -41,8 +41,7 @@ def build_engine(
     raises  ModelError, ConfigError or CapacityError, with nothing half-done
     """
     place = _resolve_device(device)
-    # Each drafter adds at most a full shape to the merged tree.
-    max_nodes = count_nodes(speculation.widths(len(drafters))) * len(drafters)
+    max_nodes = speculation.num_nodes(len(drafters))
     if "ngram" in drafters:
         raise ConfigError('drafter "ngram" is not built yet: give a small model')
     # Everything that can be refused cheaply is refused before weights are read.

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from specinfer.cache.blocks import BlockAllocator
-from specinfer.config import EngineConfig, Speculation, count_nodes
+from specinfer.config import EngineConfig, Speculation
 from specinfer.draft.base import Drafter
-from specinfer.draft.shapes import Grown, Growth, grow
+from specinfer.draft.builders import builder_for
+from specinfer.draft.calibration import Calibration
+from specinfer.draft.growth import Builder, Grown, Growth
 from specinfer.engine.scheduler import Job, Scheduler
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.stats import EngineStats, TimedDrafter
@@ -70,8 +72,11 @@ class Engine:
         config: EngineConfig,
         speculation: Speculation,
         max_model_len: int,
+        calibration: Calibration | None = None,
     ) -> None:
         self.target = target
+        self.calibration = calibration or Calibration()
+        self._builders: dict[str, Builder] = {}
         self.stats = EngineStats()
         self.drafters: list[Drafter] = [TimedDrafter(each, self.stats) for each in drafters]
         self.tokenizer = tokenizer
@@ -89,22 +94,26 @@ class Engine:
     def set_speculation(self, speculation: Speculation) -> None:
         """Guess and verify differently from now on, for requests added from now on.
 
-        raises  ConfigError while requests run (their pages were reserved for other trees), or for a
-                tree that no step has room for
+        raises  ConfigError for a tree that no drafter grows or no step has room for
         """
-        if self.has_work:
-            raise ConfigError("speculation cannot change while requests run: wait for their end")
-        widths = speculation.widths(len(self.drafters))
-        max_nodes = count_nodes(widths) * len(self.drafters)
+        self._max_nodes(speculation)
+        self.speculation = speculation
+
+    def _max_nodes(self, speculation: Speculation) -> int:
+        """Drafted nodes that a request with this speculation may add to a step.
+
+        raises  ConfigError for a tree that no drafter grows or no step has room for
+        """
+        max_nodes = speculation.num_nodes(len(self.drafters))
+        if speculation.tree == "auto":
+            max_nodes = min(max_nodes, self._max_num_batched_tokens - 1)
         if max_nodes >= self._max_num_batched_tokens:
             raise ConfigError(
                 f"tree={speculation.tree!r} has up to {max_nodes} nodes for {len(self.drafters)} "
                 f"drafters and a step computes {self._max_num_batched_tokens} tokens "
                 "(max_num_batched_tokens): take a smaller tree, or set max_nodes"
             )
-        self.speculation = speculation
-        self._widths = widths
-        self.scheduler.max_nodes = max_nodes
+        return max_nodes
 
     def add(self, request_id: str, prompt: ListLike[int], params: SamplingParams) -> list[Sequence]:
         """Queue a request: one sequence per sample.
@@ -113,7 +122,9 @@ class Engine:
                 model does not know; CapacityError if its pages could never be had
         """
         max_total = self._check(prompt, params)
-        self.scheduler.check_fits(max_total)
+        speculation = params.own_speculation or self.speculation
+        max_nodes = self._max_nodes(speculation)
+        self.scheduler.check_fits(max_total, max_nodes)
         sequences = []
         for index in range(params.n):
             sequence = Sequence(
@@ -124,7 +135,9 @@ class Engine:
                 params=params,
                 max_total=max_total,
                 tokenizer=self.tokenizer,
-                speculation=self.speculation,
+                speculation=speculation,
+                max_nodes=max_nodes,
+                prediction=(),
                 vocab_size=self.target.vocab_size,
                 seed=self._seed,
             )
@@ -206,28 +219,57 @@ class Engine:
 
     def _draft(self, jobs: ListLike[Job]) -> list[_Work]:
         works = [_Work(job, TokenTree(job.sequence.tokens[-1])) for job in jobs]
-        growths, growing = [], []
+        groups: dict[str, list[tuple[_Work, Growth]]] = {}
         for work in works:
-            widths = self._widths_for(work.job)
-            if widths:
-                growths.append(_growth(work.job.sequence, widths))
-                growing.append(work)
-        if growths:
-            for work, grown in zip(growing, grow(growths, self.drafters), strict=True):
-                work.tree, work.grown = grown.tree, grown
+            growth = self._growth(work.job)
+            if growth is not None:
+                tree = work.job.sequence.speculation.tree
+                groups.setdefault(tree, []).append((work, growth))
+        for tree, members in groups.items():
+            grown = self._builder(tree).grow([growth for _, growth in members], self.drafters)
+            for (work, _), each in zip(members, grown, strict=True):
+                work.tree, work.grown = each.tree, each
         return works
 
-    def _widths_for(self, job: Job) -> tuple[int, ...]:
-        """The shape, no deeper than tokens may still come and no larger than the step's budget."""
+    def _builder(self, tree: str) -> Builder:
+        if tree not in self._builders:
+            self._builders[tree] = builder_for(tree, self.calibration)
+        return self._builders[tree]
+
+    def _growth(self, job: Job) -> Growth | None:
+        """What a sequence's tree may be; None where there can be none."""
         sequence = job.sequence
-        if sequence.num_pending > 1 or not self._widths:
-            return ()
-        # A node at depth d is fed to the drafters only where something may follow it.
-        room = min(drafter.max_positions for drafter in self.drafters) - len(sequence.tokens)
-        widths = self._widths[: max(0, min(sequence.num_left - 1, room + 1))]
-        while widths and count_nodes(widths) * len(self.drafters) > job.max_nodes:
-            widths = widths[:-1]
-        return widths
+        sources = self._sources(sequence)
+        depth = min(sequence.speculation.depth, sequence.num_left - 1)
+        if sequence.num_pending > 1 or not sources or not job.max_nodes or depth < 1:
+            return None
+        # A node at depth d is fed to a drafter only where something may follow it.
+        room = min(self.drafters[source].max_positions for source in sources)
+        assert sequence.pages is not None
+        return Growth(
+            key=sequence.number,
+            tokens=sequence.tokens,
+            pages=sequence.pages,
+            params=sequence.draft_params,
+            draw=sequence.draw,
+            regime=sequence.regime,
+            rng=sequence.rng,
+            noise=sequence.noise,
+            sources=sources,
+            max_nodes=job.max_nodes,
+            max_depth=min(depth, room - len(sequence.tokens) + 1),
+            prediction=sequence.prediction,
+        )
+
+    def _sources(self, sequence: Sequence) -> list[int]:
+        """The drafters that know this sequence's positions."""
+        if sequence.speculation.is_off:
+            return []
+        return [
+            source
+            for source, drafter in enumerate(self.drafters)
+            if len(sequence.tokens) <= drafter.max_positions
+        ]
 
     # --- verify -----------------------------------------------------------------------------------
 
@@ -279,6 +321,7 @@ class Engine:
             new = [*(tree.tokens[node] for node in verdict.path), verdict.next_token]
             num_new = sequence.append(new)
             self._count(work, verdict.path[:num_new])
+            self._learn(work, verdict)
             if sequence.noise is not None:
                 sequence.noise.forget(len(sequence.tokens))
             traces.append(StepTrace(sequence, tree, verdict, num_new))
@@ -299,14 +342,33 @@ class Engine:
                     targets.append(sequence.pages.slot(root + depth))
             sequence.num_computed += len(verdict.path)
         self.target.pool.move(sources, targets)
-        for index, drafter in enumerate(self.drafters):
+        for source, drafter in enumerate(self.drafters):
             drafter.admit(
                 [
-                    (work.grown.drafts[index], work.grown.own_path(index, verdict.path))
+                    (work.grown.parts[source][0], work.grown.own_path(source, verdict.path))
                     for work, verdict in zip(works, verdicts, strict=True)
-                    if work.grown is not None
+                    if work.grown is not None and source in work.grown.parts
                 ]
             )
+
+    def _learn(self, work: _Work, verdict: Verdict) -> None:
+        """Teach the tables what became of the slots that verification reached.
+
+        Slots off the accepted path were looked at by traversal alone: they count for nothing.
+        """
+        grown, regime = work.grown, work.job.sequence.regime
+        if grown is None:
+            return
+        tree, reached = work.tree, {0, *verdict.path}
+        for slot_id, accepted in verdict.examined:
+            slot = tree.slots[slot_id]
+            if slot.parent not in reached:
+                continue
+            place = tree.slots_of[slot.parent].index(slot_id)
+            self.calibration.record_place(regime, place, accepted)
+            if slot_id in grown.features:
+                name = self.drafters[slot.source].name
+                self.calibration.record(name, regime, grown.features[slot_id], accepted)
 
     def _count(self, work: _Work, emitted_path: ListLike[int]) -> None:
         stats, tree = work.job.sequence.stats, work.tree
@@ -334,20 +396,6 @@ def _kind(sequence: Sequence) -> str:
     if sequence.params.is_greedy:
         return "greedy"
     return "law" if sequence.noise is None else "seeded"
-
-
-def _growth(sequence: Sequence, widths: tuple[int, ...]) -> Growth:
-    assert sequence.pages is not None
-    return Growth(
-        key=sequence.number,
-        tokens=sequence.tokens,
-        pages=sequence.pages,
-        widths=widths,
-        params=sequence.draft_params,
-        draw=sequence.draw,
-        rng=sequence.rng,
-        noise=sequence.noise,
-    )
 
 
 def _span(work: _Work) -> Span:

@@ -46,7 +46,6 @@ class Scheduler:
         self._allocator = allocator
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self.max_nodes = 0  # drafted nodes that one sequence may add to a step
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -55,23 +54,25 @@ class Scheduler:
         """Whether anything waits or runs."""
         return bool(self.waiting or self.running)
 
-    def check_fits(self, max_total: int) -> None:
+    def check_fits(self, max_total: int, max_nodes: int) -> None:
         """Refuse a sequence that could never be admitted.
+
+        max_total  tokens, prompt included; max_nodes  drafted nodes it may add to a step
 
         raises  CapacityError if its pages are more than there are
         """
-        needed = self._allocator.blocks_for(max_total + self.max_nodes)
+        needed = self._allocator.blocks_for(max_total + max_nodes)
         if needed > self._allocator.num_blocks:
             size = self._allocator.block_size
             raise CapacityError(
-                f"a request of up to {max_total} tokens and a tree of {self.max_nodes} nodes "
+                f"a request of up to {max_total} tokens and a tree of {max_nodes} nodes "
                 f"needs {needed * size} tokens of KV cache and there are "
                 f"{self._allocator.num_blocks * size}: raise kv_cache_memory or lower max_tokens"
             )
 
     def add(self, sequence: "Sequence") -> None:
         """Queue a sequence."""
-        self.check_fits(sequence.max_total)
+        self.check_fits(sequence.max_total, sequence.max_nodes)
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Job]:
@@ -90,7 +91,7 @@ class Scheduler:
                 budget -= chunk
                 jobs[id(sequence)] = Job(sequence, chunk, chunk == sequence.num_pending)
         for sequence in decoding:
-            jobs[id(sequence)].max_nodes = min(self.max_nodes, budget // len(decoding))
+            jobs[id(sequence)].max_nodes = min(sequence.max_nodes, budget // len(decoding))
         return [jobs[id(s)] for s in self.running if id(s) in jobs]
 
     def remove(self, sequence: "Sequence") -> None:
@@ -104,7 +105,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_num_seqs:
-            pages = self._allocator.allocate(self.waiting[0].max_total + self.max_nodes)
+            waiting = self.waiting[0]
+            pages = self._allocator.allocate(waiting.max_total + waiting.max_nodes)
             if pages is None:
                 return
             sequence = self.waiting.popleft()

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from specinfer.cache.blocks import Pages
-from specinfer.config import Draw, Speculation, VerifierName
+from specinfer.config import IID_VERIFIERS, Draw, Speculation, VerifierName
+from specinfer.draft.calibration import COLDEST_DRAW, Regime, regime_of
 from specinfer.request import CompletionOutput, RequestStats, SamplingParams
 from specinfer.sampling import SeededNoise, request_generator
 from specinfer.text.stream import IncrementalDetokenizer, StopStrings
@@ -19,6 +20,7 @@ class Sequence:
     tokens        prompt and output; the last one is the root once all others are computed
     num_computed  tokens 0 … num_computed - 1 have K and V in the target's pages
     max_total     tokens at most, prompt included
+    max_nodes     drafted nodes a step may add
     """
 
     def __init__(
@@ -32,6 +34,8 @@ class Sequence:
         max_total: int,
         tokenizer: Tokenizer,
         speculation: Speculation,
+        max_nodes: int,
+        prediction: ListLike[int],
         vocab_size: int,
         seed: int,
     ) -> None:
@@ -39,6 +43,9 @@ class Sequence:
         self.request_id = request_id
         self.params = params
         self.max_total = max_total
+        self.speculation = speculation
+        self.max_nodes = max_nodes
+        self.prediction = prediction
         self.tokens = list(prompt)
         self.num_prompt = len(self.tokens)
         self.num_computed = 0
@@ -54,6 +61,9 @@ class Sequence:
         self.verifier = self._resolve_verifier(speculation)
         self.draw = self._resolve_draw(speculation)
         self.draft_params = self._resolve_draft_params(speculation)
+        self.regime: Regime = regime_of(
+            params.temperature, greedy=params.is_greedy, seeded=self.noise is not None
+        )
         self._own_ends = frozenset(params.stop_token_ids or ())
         # A tokenizer may name end tokens that the model has no row for: they cannot come.
         ends = () if params.ignore_eos else tokenizer.eos_token_ids
@@ -148,16 +158,21 @@ class Sequence:
     def _resolve_draw(self, speculation: Speculation) -> Draw:
         if speculation.draw != "auto":
             return speculation.draw
-        return "pick" if self.verifier == "match" else "without-replacement"
+        if self.verifier in IID_VERIFIERS:
+            return "iid"
+        cold = self.params.temperature <= COLDEST_DRAW
+        return "pick" if self.verifier == "match" or cold else "without-replacement"
 
     def _resolve_draft_params(self, speculation: Speculation) -> SamplingParams:
         """The drafters' law: the request's own filters.
 
-        A greedy request's law is no law to draw from: its drafters draw (if they are told to draw
-        at all) at temperature 1.
+        A greedy request's law is no law to draw from, and a cold one's no law to rank picks by:
+        their drafters speak at temperature 1, without filters.
         """
         temperature = speculation.draft_temperature
-        if temperature is None and not self.params.is_greedy:
+        is_cold = self.draw == "pick" and self.params.temperature <= COLDEST_DRAW
+        if self.params.is_greedy or (is_cold and self.noise is None):
+            return SamplingParams(temperature=temperature or 1.0)
+        if temperature is None:
             return self.params
-        top_k = 0 if self.params.is_greedy else self.params.top_k
-        return replace(self.params, temperature=temperature or 1.0, top_k=top_k)
+        return replace(self.params, temperature=temperature)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from specinfer.draft.base import Draft, Drafter
+from specinfer.draft.base import Draft, Drafter, Pick
 
 PARTS = ("schedule", "draft", "grow", "target", "verify", "commit")
 """draft: the drafters' passes; grow: making trees of what they said; target: the target's pass."""
@@ -65,7 +65,7 @@ class TimedDrafter:
         self._drafter = drafter
         self._stats = stats
 
-    def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Tensor:
+    def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Tensor | list[list[Pick]]:
         """See `Drafter.expand`."""
         with self._stats.timed("draft"):
             return self._drafter.expand(frontier)

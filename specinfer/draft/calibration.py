@@ -1,0 +1,282 @@
+"""Learnt acceptance: how often a slot is accepted, given that the verifier reaches it.
+
+A drafter's own probability misleads: distilled drafters are right more often than they say, others
+less often. So trees are grown by what was seen (docs/algorithm.md, "Growth"):
+
+    before[j][max π]  P(slot j accepted | reached), known before its token is drawn: ranks slots
+    after [j][π(x)]   the same once it is drawn: weighs what hangs below and beside it
+
+Learnt from every slot that verification reached, per drafter and regime. Trees are grown from past
+steps' tables only, so the laws stay exact whatever the tables say.
+"""
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from specinfer.errors import ConfigError
+
+Regime = Literal["greedy", "seeded", "cold", "warm", "hot"]
+"""Requests whose slots are accepted alike: temperature up to 0.35 is cold, up to 0.8 warm."""
+
+COLDEST_DRAW = 0.35
+"""Up to this temperature picks are accepted oftener than draws (docs/performance.md)."""
+
+REGIMES: tuple[Regime, ...] = get_args(Regime)
+
+NUM_RANKS = 8
+"""Slots of a node that are told apart; later ones count as the last."""
+
+_REACH = 8.0
+_STEP = 0.5
+_NUM_KNOTS = 33
+"""Probabilities are told apart by their log-odds, from -8 to 8; between knots rates are linear."""
+
+_PRIOR_TRIALS = 24.0
+"""What is known beforehand weighs as much as so many slots seen at each knot."""
+
+_MAX_TRIALS = 4096.0
+"""Beyond so many slots at a knot the old ones fade, so that a drafter may change."""
+
+NUM_PLACES = 16
+"""Places among siblings whose acceptance is counted for Sequoia's shapes."""
+
+_PLACES = [0.6, 0.4, 0.3, 0.2] + [0.1] * (NUM_PLACES - 4)
+"""Acceptance by place, given that it is reached, where nothing is known."""
+
+_FORMAT = 1
+
+Rates = npt.NDArray[np.float64]
+
+
+def regime_of(temperature: float, *, greedy: bool, seeded: bool) -> Regime:
+    """The regime of a request."""
+    if greedy:
+        return "greedy"
+    if seeded:
+        return "seeded"
+    return "cold" if temperature <= COLDEST_DRAW else "warm" if temperature <= 0.8 else "hot"
+
+
+class Features(NamedTuple):
+    """What was known of a slot: its place among its siblings, max π before the draw, π(x) after."""
+
+    rank: int
+    before: float
+    after: float
+
+
+def knots_of(probability: npt.ArrayLike) -> Rates:
+    """Where probabilities stand on the axis of the tables: [...] float64 in [0, knots - 1]."""
+    p = np.clip(np.asarray(probability, np.float64), 1e-9, 1 - 1e-9)
+    axis = (np.log(p) - np.log1p(-p) + _REACH) / _STEP
+    return np.clip(axis, 0.0, _NUM_KNOTS - 1.0)
+
+
+def _knot_of(probability: float) -> float:
+    """`knots_of` for one."""
+    p = min(max(probability, 1e-9), 1 - 1e-9)
+    axis = (math.log(p) - math.log1p(-p) + _REACH) / _STEP
+    return min(max(axis, 0.0), _NUM_KNOTS - 1.0)
+
+
+_IDENTITY = 1 / (1 + np.exp(-(np.arange(_NUM_KNOTS) * _STEP - _REACH)))
+
+
+class Curves:
+    """Acceptance by rank and probability: [ranks, knots] of what was seen.
+
+    prior  [ranks, knots] rates to start from; None: a drafter is right as often as it says
+    """
+
+    def __init__(self, prior: Rates | None = None) -> None:
+        rates = np.tile(_IDENTITY, (NUM_RANKS, 1)) if prior is None else prior
+        self.trials = np.full((NUM_RANKS, _NUM_KNOTS), _PRIOR_TRIALS)
+        self.hits = rates * _PRIOR_TRIALS
+        self._rates: Rates | None = None
+        self._lists: list[list[float]] | None = None
+
+    @property
+    def rates(self) -> Rates:
+        """[ranks, knots]: hits / trials. Not to be written to."""
+        if self._rates is None:
+            self._rates = self.hits / self.trials
+        return self._rates
+
+    def record(self, rank: int, probability: float, accepted: float) -> None:
+        """Count one slot: `accepted` is 1 or 0, or the chance of it."""
+        rank = min(rank, NUM_RANKS - 1)
+        axis = _knot_of(probability)
+        low = min(int(axis), _NUM_KNOTS - 2)
+        for knot, share in ((low, low + 1 - axis), (low + 1, axis - low)):
+            if self.trials[rank, knot] > _MAX_TRIALS:
+                self.trials[rank, knot] /= 2
+                self.hits[rank, knot] /= 2
+            self.trials[rank, knot] += share
+            self.hits[rank, knot] += share * accepted
+        self._rates = self._lists = None
+
+    def at(self, rank: int, probability: float) -> float:
+        """The rate of one slot."""
+        axis = _knot_of(probability)
+        low = min(int(axis), _NUM_KNOTS - 2)
+        if self._lists is None:
+            self._lists = self.rates.tolist()
+        row = self._lists[min(rank, NUM_RANKS - 1)]
+        return row[low] + (axis - low) * (row[low + 1] - row[low])
+
+    @property
+    def first_slots(self) -> tuple[Rates, Rates]:
+        """How often first slots stand at each knot, and how often they are accepted there."""
+        return self.trials[0] / self.trials[0].sum(), self.rates[0]
+
+    def along(self, ranks: npt.NDArray[np.int64], probabilities: npt.ArrayLike) -> Rates:
+        """The rates of many slots: ranks and probabilities broadcast against each other."""
+        axis = knots_of(probabilities)
+        low = np.minimum(axis.astype(np.int64), _NUM_KNOTS - 2)
+        ranks = np.minimum(ranks, NUM_RANKS - 1)
+        left = self.rates[ranks, low]
+        values: Rates = left + (axis - low) * (self.rates[ranks, low + 1] - left)
+        return values
+
+
+@dataclass(slots=True)
+class Table:
+    """One drafter in one regime."""
+
+    before: Curves
+    after: Curves
+
+
+class Calibration:
+    """The tables of every drafter, and acceptance by place for Sequoia's shapes.
+
+    New tables start from what the bundled pair has shown (draft/priors.json).
+    """
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[str, Regime], Table] = {}
+        self._places: dict[Regime, Rates] = {}
+
+    def table(self, drafter: str, regime: Regime) -> Table:
+        """The table of a drafter, by its name."""
+        key = (drafter, regime)
+        if key not in self._tables:
+            before, after = _prior(drafter, regime)
+            self._tables[key] = Table(Curves(before), Curves(after))
+        return self._tables[key]
+
+    def record(self, drafter: str, regime: Regime, slot: Features, accepted: float) -> None:
+        """Learn from one slot that verification reached: 1 or 0, or the chance of acceptance."""
+        table = self.table(drafter, regime)
+        table.after.record(slot.rank, slot.after, accepted)
+        table.before.record(slot.rank, slot.before, accepted)
+
+    def record_place(self, regime: Regime, place: int, accepted: float) -> None:
+        """Learn from one slot by its place among its siblings alone (0 is the first)."""
+        if place < NUM_PLACES:
+            counts = self._place_counts(regime)
+            if counts[0, place] > _MAX_TRIALS:
+                counts[:, place] /= 2
+            counts[:, place] += 1.0, accepted
+
+    def places(self, regime: Regime) -> Rates:
+        """[places]: the chance that the accepted child is the slot at this place."""
+        trials, hits = self._place_counts(regime)
+        rates = hits / trials
+        missed = np.cumprod(1 - rates)
+        reached: Rates = np.concatenate(([1.0], missed[:-1]))
+        taken: Rates = rates * reached
+        return taken
+
+    def save(self, file: Path) -> None:
+        """Write everything learnt."""
+        content = {
+            "format": _FORMAT,
+            "tables": [
+                {
+                    "drafter": drafter,
+                    "regime": regime,
+                    **{
+                        name: {"trials": _rounded(curves.trials), "hits": _rounded(curves.hits)}
+                        for name, curves in (("before", table.before), ("after", table.after))
+                    },
+                }
+                for (drafter, regime), table in self._tables.items()
+            ],
+            "places": {regime: _rounded(counts) for regime, counts in self._places.items()},
+        }
+        temporary = file.with_name(file.name + ".part")
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        temporary.replace(file)
+
+    @classmethod
+    def load(cls, file: Path) -> "Calibration":
+        """Read what `save` wrote.
+
+        raises  ConfigError if the file is no such thing
+        """
+        calibration = cls()
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise ValueError(f"format {content['format']!r}")
+            for entry in content["tables"]:
+                table = calibration.table(entry["drafter"], _regime(entry["regime"]))
+                for name, curves in (("before", table.before), ("after", table.after)):
+                    shape = (NUM_RANKS, _NUM_KNOTS)
+                    curves.trials = _counts(entry[name]["trials"], shape)
+                    curves.hits = _counts(entry[name]["hits"], shape)
+            for regime, counts in content["places"].items():
+                calibration._places[_regime(regime)] = _counts(counts, (2, NUM_PLACES))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"calibration={str(file)!r} cannot be read ({error}): give a file that "
+                "--calibration has written, or one that does not exist yet"
+            ) from None
+        return calibration
+
+    def _place_counts(self, regime: Regime) -> Rates:
+        if regime not in self._places:
+            rates = np.array(_priors().get("places", {}).get(regime, _PLACES))
+            self._places[regime] = np.stack([np.full(NUM_PLACES, _PRIOR_TRIALS), rates])
+            self._places[regime][1] *= _PRIOR_TRIALS
+        return self._places[regime]
+
+
+def _prior(drafter: str, regime: Regime) -> tuple[Rates | None, Rates | None]:
+    """Rates to start from: those of a drafter of its kind, by default what it says itself."""
+    kind = drafter if drafter in ("ngram", "prediction") else "model"
+    known = _priors().get(kind, {}).get(regime)
+    return (None, None) if known is None else (np.array(known["before"]), np.array(known["after"]))
+
+
+@functools.cache
+def _priors() -> dict[str, Any]:
+    file = resources.files("specinfer.draft").joinpath("priors.json")
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def _rounded(counts: Rates) -> list[Any]:
+    return np.round(counts, 3).tolist()  # type: ignore[no-any-return]
+
+
+def _counts(values: Any, shape: tuple[int, ...]) -> Rates:
+    counts = np.array(values, np.float64)
+    if counts.shape != shape or not np.isfinite(counts).all() or (counts < 0).any():
+        raise ValueError(f"counts of shape {counts.shape} where {shape} is due")
+    return counts
+
+
+def _regime(name: str) -> Regime:
+    if name not in REGIMES:
+        raise ValueError(f"regime {name!r}")
+    return name

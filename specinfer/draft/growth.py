@@ -1,0 +1,139 @@
+"""What a builder is asked for and gives back, and how drafters' guesses become slots.
+
+A builder grows one token tree per request, for all requests of a step together. Predictability
+(docs/algorithm.md) is its whole duty: a slot that was drawn may depend on its ancestors, on earlier
+siblings, on what drafters said before the draw and on past steps, never on its own token.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specinfer.cache.blocks import Pages
+from specinfer.config import Draw
+from specinfer.draft.base import Draft, Drafter, Pick
+from specinfer.draft.calibration import Features, Regime
+from specinfer.request import SamplingParams
+from specinfer.sampling import RowFilters, SeededNoise, target_laws
+from specinfer.tree import TokenTree
+
+
+@dataclass(slots=True, eq=False)
+class Growth:
+    """One request's tree to be grown in this step.
+
+    key, tokens, pages, prediction  as `Draft` has them
+    params      the drafters' law: the request's filters at the drafters' temperature
+    draw        how slots are drawn, resolved: never "auto"
+    regime      whose tables to read
+    rng         the request's own randomness, for draws and for the order of a union
+    noise       a seeded request's noise: picks are made with it
+    sources     the drafters that take part, by index
+    max_nodes   distinct drafted nodes at most, without the root
+    max_depth   deepest node at most
+    urgency     what a token is worth to this request, against 1 for the others
+    """
+
+    key: int
+    tokens: list[int]
+    pages: Pages
+    params: SamplingParams
+    draw: Draw
+    regime: Regime
+    rng: np.random.Generator
+    noise: SeededNoise | None
+    sources: Sequence[int]
+    max_nodes: int
+    max_depth: int
+    prediction: Sequence[int] = ()
+    urgency: float = 1.0
+
+    def draft(self, tree: TokenTree) -> Draft:
+        """This request for drafters that grow this tree."""
+        return Draft(self.key, self.tokens, self.pages, tree, self.prediction)
+
+
+@dataclass(slots=True, eq=False)
+class Grown:
+    """A finished tree, and each drafter's part of it.
+
+    parts     per drafter that was asked: its draft, and own node -> node of `tree` (-1: left out)
+    features  per slot of `tree` what its acceptance may be learnt by; {} where it is not
+    """
+
+    tree: TokenTree
+    parts: Mapping[int, tuple[Draft, Sequence[int]]]
+    features: dict[int, Features] = field(default_factory=dict)
+
+    def own_path(self, source: int, path: Sequence[int]) -> list[int]:
+        """The leading part of an accepted path that one drafter knows, in its own nodes."""
+        own = {node: index for index, node in enumerate(self.parts[source][1])}
+        nodes = []
+        for node in path:
+            if node not in own:
+                break
+            nodes.append(own[node])
+        return nodes
+
+
+class Builder(Protocol):
+    """Grows the trees of a step."""
+
+    def grow(self, growths: Sequence[Growth], drafters: Sequence[Drafter]) -> list[Grown]:
+        """One tree per request, in their order."""
+        ...
+
+
+@dataclass(slots=True)
+class Guesses:
+    """What one drafter says after the nodes of a frontier: laws or picks, row by row.
+
+    laws   [rows, vocab] float32, rows sum to 1; for picks of a seeded request tilted by its noise
+    picks  per row, (token, probability), likeliest first
+    """
+
+    laws: Tensor | None = None
+    picks: list[list[Pick]] | None = None
+
+
+def guess(drafter: Drafter, asked: Sequence[tuple[Growth, Draft, list[int]]]) -> Guesses:
+    """Ask one drafter about frontier nodes of some requests.
+
+    asked    per request: its growth, its draft, and nodes of the draft's tree, not none
+    returns  requests and nodes in the given order
+    """
+    answer = drafter.expand([(draft, nodes) for _, draft, nodes in asked])
+    if not isinstance(answer, Tensor):
+        return Guesses(picks=answer)
+    runs = [(growth.params, len(nodes)) for growth, _, nodes in asked]
+    laws = target_laws(answer, RowFilters.of(runs, device=answer.device))
+    start = 0
+    for growth, draft, nodes in asked:
+        stop = start + len(nodes)
+        if growth.noise is not None and growth.draw == "pick":
+            laws[start:stop] = _tilted(laws[start:stop], growth, draft, nodes)
+        start = stop
+    return Guesses(laws=laws)
+
+
+def _tilted(laws: Tensor, growth: Growth, draft: Draft, nodes: list[int]) -> Tensor:
+    """The law over tokens as if their noise were part of the logits: the pick comes out on top."""
+    assert growth.noise is not None
+    known = len(growth.tokens)
+    noise = np.stack([growth.noise.row(known + draft.tree.depths[node]) for node in nodes])
+    return torch.softmax(laws.log() + torch.from_numpy(noise).to(laws.device), -1)
+
+
+def likeliest(laws: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest tokens of each row and their probabilities, both [rows, count]."""
+    count = min(count, laws.shape[-1])
+    if count == 1 and laws.device.type == "cpu":
+        rows = laws.numpy()
+        tokens = rows.argmax(-1)[:, None]  # numpy's is far faster than torch's here
+        return tokens, np.take_along_axis(rows, tokens, -1)
+    top = laws.topk(count, -1)
+    return top.indices.cpu().numpy(), top.values.cpu().numpy()

@@ -1,0 +1,210 @@
+"""Rounds of best-first growth: what nodes are worth, and which drafter passes are worth their time.
+
+The value of a slot is the chance that it is accepted,
+
+    value = reach of its node · P(all earlier slots rejected) · P(accepted | reached)
+
+the last from learnt tables, or from the drafters' own word.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from specinfer.draft.base import Draft, Drafter, Pick
+from specinfer.draft.calibration import Calibration, Regime
+from specinfer.draft.growth import Growth, Guesses, guess, likeliest
+
+Numbers = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+WIDEST = 24
+"""Slots under one node at most: later ones are worth nothing."""
+
+LEAST = 1e-4
+"""Slots less likely to be accepted than this are not looked at."""
+
+ROWS = 4
+"""Nodes of one request that a priced round expands at most."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prices:
+    """What a step costs, in expected tokens: fixed before any tree of the step is drawn.
+
+    nodes   [stop] one more drafted node where the step has 0, 1, … of them; never falls
+    totals  [stop] 0, 1, … drafted nodes together
+    rounds  per drafter, [stop] one more pass over 0, 1, … nodes
+    """
+
+    nodes: Numbers
+    totals: Numbers
+    rounds: Sequence[Numbers]
+
+
+class Values:
+    """The chance that a slot is accepted, by source and regime."""
+
+    def __init__(self, calibration: Calibration | None, drafters: Sequence[Drafter]) -> None:
+        self._calibration = calibration
+        self._names = [drafter.name for drafter in drafters]
+
+    def after(
+        self, source: int, regime: Regime, ranks: Integers, probabilities: Numbers
+    ) -> Numbers:
+        """By the probability of the tokens themselves; [...] each."""
+        if self._calibration is None:
+            return probabilities
+        table = self._calibration.table(self._names[source], regime)
+        return table.after.along(ranks, probabilities)
+
+    def after_one(self, source: int, regime: Regime, rank: int, probability: float) -> float:
+        """The same for one slot."""
+        if self._calibration is None:
+            return min(1.0, probability)
+        table = self._calibration.table(self._names[source], regime)
+        return table.after.at(rank, probability)
+
+    def before_one(self, source: int, regime: Regime, rank: int, largest: float) -> float:
+        """Before the draw: by the largest probability of the law."""
+        if self._calibration is None:
+            return min(1.0, largest)
+        table = self._calibration.table(self._names[source], regime)
+        return table.before.at(rank, largest)
+
+    def gains(self, source: int, growth: Growth, reaches: Numbers, price: float) -> Numbers:
+        """What expanding nodes is expected to bring: their first slots' value above the price.
+
+        reaches  [nodes]: the chance that verification comes to the node, times its urgency
+        """
+        if self._calibration is None:
+            return np.maximum(0.0, reaches - price)
+        table = self._calibration.table(self._names[source], growth.regime)
+        curves = table.after if growth.draw == "pick" else table.before
+        shares, rates = curves.first_slots
+        worth: Numbers = np.maximum(0.0, reaches[:, None] * rates - price) @ shares
+        return worth
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A node that may be expanded: of which request, and what reaching it is worth."""
+
+    index: int
+    node: int
+    reach: float
+
+
+class Rounds:
+    """Asks the drafters, as far as their passes are worth it, and keeps who knows which node.
+
+    answers  per drafter asked in this round: what it said, and (request, node) -> row
+    """
+
+    def __init__(
+        self,
+        growths: Sequence[Growth],
+        drafters: Sequence[Drafter],
+        drafts: dict[int, Draft],
+        values: Values,
+        prices: Prices | None,
+    ) -> None:
+        self.answers: dict[int, tuple[Guesses, dict[tuple[int, int], int]]] = {}
+        self.num_rounds = 0
+        self._growths = growths
+        self._drafters = drafters
+        self._drafts = drafts
+        self._values = values
+        self._prices = prices
+        self._known: dict[tuple[int, int], set[int]] = {}  # (source, request) -> nodes asked
+
+    def asked(self, source: int, index: int) -> bool:
+        """Whether a drafter has been asked about a request at all."""
+        return (source, index) in self._known
+
+    def ask(self, frontier: Sequence[Candidate], price: float) -> bool:
+        """One round; False where no pass is worth its time.
+
+        price  of one more node
+        """
+        self.answers = {}
+        for source, drafter in enumerate(self._drafters):
+            chosen = self._choose(source, frontier, price)
+            if not chosen:
+                continue
+            nodes: dict[int, list[int]] = {}
+            for candidate in chosen:
+                nodes.setdefault(candidate.index, []).append(candidate.node)
+            said = guess(
+                drafter, [(self._growths[i], self._drafts[i], own) for i, own in nodes.items()]
+            )
+            pairs = [(i, node) for i, own in nodes.items() for node in own]
+            self.answers[source] = (said, {pair: row for row, pair in enumerate(pairs)})
+            for i, own in nodes.items():
+                self._known.setdefault((source, i), set()).update(own)
+        self.num_rounds += 1
+        return bool(self.answers)
+
+    def _choose(
+        self, source: int, frontier: Sequence[Candidate], price: float
+    ) -> Sequence[Candidate]:
+        """What to ask one drafter: it must know a node's parent, and be worth its pass."""
+        able = [each for each in frontier if self._can_ask(source, each)]
+        if self._prices is None or not able:
+            return able
+        gains = np.zeros(len(able))
+        for index in {each.index for each in able}:
+            rows = [row for row, each in enumerate(able) if each.index == index]
+            reaches = np.array([able[row].reach for row in rows])
+            gains[rows] = self._values.gains(source, self._growths[index], reaches, price)
+        order = np.argsort(-gains, kind="stable")
+        costs = self._prices.rounds[source]
+        order = order[: len(costs) - 1]
+        worth = np.cumsum(gains[order]) - costs[1 : len(order) + 1]
+        best = int(worth.argmax())
+        return [able[row] for row in order[: best + 1]] if worth[best] > 0 else []
+
+    def _can_ask(self, source: int, candidate: Candidate) -> bool:
+        if source not in self._growths[candidate.index].sources:
+            return False
+        if candidate.node == 0:
+            return True
+        parent = self._drafts[candidate.index].tree.parents[candidate.node]
+        return parent in self._known.get((source, candidate.index), ())
+
+
+class Told:
+    """A drafter's answer as picks, whatever it was."""
+
+    def __init__(self, said: Guesses, width: int = WIDEST) -> None:
+        self._picks = said.picks
+        if said.laws is not None:
+            tokens, probabilities = likeliest(said.laws, width)
+            self._picks = [
+                list(zip(*row, strict=True))
+                for row in zip(tokens.tolist(), probabilities.tolist(), strict=True)
+            ]
+
+    def row(self, row: int) -> list[Pick]:
+        """(token, probability) after one node, likeliest first."""
+        assert self._picks is not None
+        return self._picks[row]
+
+
+class Queue:
+    """One drafter's guesses after one node, without those that others have made."""
+
+    def __init__(self, source: int, picks: list[Pick]) -> None:
+        self.source = source
+        self._picks = picks
+        self._probability = dict(picks)
+
+    def next(self, seen: set[int]) -> tuple[int, float] | None:
+        """The likeliest token not seen, and its share of what is left."""
+        for token, probability in self._picks:
+            if token not in seen and probability > 0:
+                left = 1.0 - sum(self._probability.get(each, 0.0) for each in seen)
+                return token, min(1.0, probability / max(left, probability))
+        return None
