@@ -1,5 +1,6 @@
 """What a drafter is: something that scores frontier nodes of every request's tree in one pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,21 +9,26 @@ from torch import Tensor
 from specinfer.cache.blocks import Pages
 from specinfer.tree import TokenTree
 
+Pick = tuple[int, float]
+"""A token and the estimated probability that it comes next: a point mass, never a law."""
+
 
 @dataclass(slots=True, eq=False)
 class Draft:
     """One request as its drafters see it during one step.
 
-    key     identifies the request from step to step
-    tokens  everything known: prompt and committed output; the last one is the root
-    pages   where keys stand, in this drafter's own pool under the same slot numbers
-    tree    the tree this drafter is growing: node ids below are this tree's own
+    key         identifies the request from step to step
+    tokens      everything known: prompt and committed output; the last one is the root
+    pages       where keys stand, in this drafter's own pool under the same slot numbers
+    tree        the tree this drafter is growing: node ids below are this tree's own
+    prediction  tokens that the output is expected to repeat; empty if nothing was predicted
     """
 
     key: int
     tokens: list[int]
     pages: Pages
     tree: TokenTree
+    prediction: Sequence[int] = ()
 
 
 class Drafter(Protocol):
