@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from specinfer.engine.build import Progress
 from specinfer.engine.engine import StepTrace
+from specinfer.engine.measure import Report
 
 
 def is_shown(asked: bool | None) -> bool:
@@ -29,6 +30,31 @@ def show_loading(asked: bool | None) -> Iterator[Progress | None]:
         def report(model: str, done: int, total: int) -> None:
             if model not in tasks:
                 tasks[model] = bars.add_task(f"loading {model}", total=total)
+            bars.update(tasks[model], completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
+def show_measuring(asked: bool | None) -> Iterator[Report | None]:
+    """A bar per model while the times of its steps are measured."""
+    if not is_shown(asked):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+    tasks: dict[str, TaskID] = {}
+    columns = (
+        TextColumn("{task.description}:"),
+        TextColumn("{task.completed} of {task.total} steps"),
+        BarColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+
+        def report(model: str, done: int, total: int) -> None:
+            if model not in tasks:
+                tasks[model] = bars.add_task(f"measuring {model}", total=total)
             bars.update(tasks[model], completed=done, total=total)
 
         yield report

@@ -39,7 +39,7 @@ FLOORS: dict[str, int] = {
 # What is tested in milliseconds because it knows no tensor
 WITHOUT_TORCH = (
     *("errors.py", "config.py", "request.py", "tree.py", "verify.py"),
-    *("cache/blocks.py", "engine/scheduler.py"),
+    *("cache/blocks.py", "engine/scheduler.py", "engine/times.py", "engine/chains.py"),
     *("text/stream.py", "text/template.py", "text/tokenizer.py"),
 )
 
