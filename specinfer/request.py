@@ -22,7 +22,6 @@ UNBUILT_FIELDS = (
     "bad_words",
     "allowed_token_ids",
     "priority",
-    "prediction",
     "target_tpot_s",
 )
 
@@ -43,6 +42,8 @@ class SamplingParams:
     max_tokens       output tokens at most; None: the rest of the context
     min_tokens       end tokens are not sampled before this many output tokens
     ignore_eos       go on past the model's end tokens
+    prediction       what much of the output is expected to repeat, as text or token ids: a source of
+                     guesses, never a constraint (OpenAI's predicted outputs)
     speculation      this request's own, such as {"tree": "off"}; None: the engine's
     skip_special_tokens         leave special tokens out of the text
     include_stop_str_in_output  keep the stop string in the text
@@ -75,7 +76,7 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
     priority: int = 0
-    prediction: str | None = None
+    prediction: str | Sequence[int] | None = None
     speculation: Speculation | Mapping[str, Any] | None = None
     target_tpot_s: float | None = None
 
@@ -111,6 +112,9 @@ class SamplingParams:
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         if not isinstance(stops, Iterable) or not all(isinstance(stop, str) for stop in stops):
             raise ConfigError(f"stop={self.stop!r} must be a string or a list of strings")
+        if not isinstance(self.prediction, str):
+            for token in self.prediction or ():
+                check_integer("prediction: token id", token, least=0)
         for token in self.stop_token_ids or ():
             check_integer("stop_token_ids: token id", token, least=0)
 

@@ -39,8 +39,8 @@ _STEP = 0.5
 _NUM_KNOTS = 33
 """Probabilities are told apart by their log-odds, from -8 to 8; between knots rates are linear."""
 
-_PRIOR_TRIALS = 24.0
-"""What is known beforehand weighs as much as so many slots seen at each knot."""
+_PRIOR_TRIALS = 8.0
+"""Where nothing is known, a drafter's own word weighs as much as so many slots at each knot."""
 
 _MAX_TRIALS = 4096.0
 """Beyond so many slots at a knot the old ones fade, so that a drafter may change."""
@@ -93,13 +93,15 @@ _IDENTITY = 1 / (1 + np.exp(-(np.arange(_NUM_KNOTS) * _STEP - _REACH)))
 class Curves:
     """Acceptance by rank and probability: [ranks, knots] of what was seen.
 
-    prior  [ranks, knots] rates to start from; None: a drafter is right as often as it says
+    prior  (trials, hits) [ranks, knots] to start from; None: a drafter is right as often as it says
     """
 
-    def __init__(self, prior: Rates | None = None) -> None:
-        rates = np.tile(_IDENTITY, (NUM_RANKS, 1)) if prior is None else prior
-        self.trials = np.full((NUM_RANKS, _NUM_KNOTS), _PRIOR_TRIALS)
-        self.hits = rates * _PRIOR_TRIALS
+    def __init__(self, prior: tuple[Rates, Rates] | None = None) -> None:
+        if prior is None:
+            self.trials = np.full((NUM_RANKS, _NUM_KNOTS), _PRIOR_TRIALS)
+            self.hits = np.tile(_IDENTITY, (NUM_RANKS, 1)) * _PRIOR_TRIALS
+        else:
+            self.trials, self.hits = (counts.copy() for counts in prior)
         self._rates: Rates | None = None
         self._lists: list[list[float]] | None = None
 
@@ -169,8 +171,9 @@ class Calibration:
         """The table of a drafter, by its name."""
         key = (drafter, regime)
         if key not in self._tables:
-            before, after = _prior(drafter, regime)
-            self._tables[key] = Table(Curves(before), Curves(after))
+            self._tables[key] = Table(
+                *(Curves(_prior(drafter, regime, curves)) for curves in ("before", "after"))
+            )
         return self._tables[key]
 
     def record(self, drafter: str, regime: Regime, slot: Features, accepted: float) -> None:
@@ -251,11 +254,11 @@ class Calibration:
         return self._places[regime]
 
 
-def _prior(drafter: str, regime: Regime) -> tuple[Rates | None, Rates | None]:
-    """Rates to start from: those of a drafter of its kind, by default what it says itself."""
+def _prior(drafter: str, regime: Regime, curves: str) -> tuple[Rates, Rates] | None:
+    """What drafters of this kind have shown; None: nothing is known of it."""
     kind = drafter if drafter in ("ngram", "prediction") else "model"
-    known = _priors().get(kind, {}).get(regime)
-    return (None, None) if known is None else (np.array(known["before"]), np.array(known["after"]))
+    known = _priors().get(kind, {}).get(regime, {}).get(curves)
+    return None if known is None else (np.array(known["trials"]), np.array(known["hits"]))
 
 
 @functools.cache

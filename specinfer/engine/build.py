@@ -9,8 +9,8 @@ import torch
 from specinfer.cache.blocks import BlockAllocator
 from specinfer.cache.pool import KVPool
 from specinfer.config import EngineConfig, Speculation
-from specinfer.draft.base import Drafter
 from specinfer.draft.model import ModelDrafter
+from specinfer.draft.ngram import NgramDrafter
 from specinfer.engine.engine import Engine
 from specinfer.errors import CapacityError, ConfigError, ModelError
 from specinfer.models.architecture import Architecture, read_architecture
@@ -18,6 +18,9 @@ from specinfer.models.decoder import Decoder
 from specinfer.models.weights import load_decoder, read_config, resolve_model
 from specinfer.run.runner import Runner
 from specinfer.text.tokenizer import Tokenizer
+
+NGRAM = "ngram"
+"""The drafter that needs no model: the request's own text."""
 
 Progress = Callable[[str, int, int], None]
 """progress(model, bytes read so far, bytes in all)"""
@@ -42,12 +45,13 @@ def build_engine(
     """
     place = _resolve_device(device)
     max_nodes = speculation.num_nodes(len(drafters))
-    if "ngram" in drafters:
-        raise ConfigError('drafter "ngram" is not built yet: give a small model')
     # Everything that can be refused cheaply is refused before weights are read.
-    folders = [resolve_model(name) for name in (model, *drafters)]
+    names = [model, *(name for name in drafters if name != NGRAM)]
+    if len(names) + 1 < len(drafters):
+        raise ConfigError(f'drafters name "{NGRAM}" more than once: once is enough')
+    folders = [resolve_model(name) for name in names]
     tokenizers = [Tokenizer.from_folder(folder) for folder in folders]
-    for name, tokenizer in zip(drafters, tokenizers[1:], strict=True):
+    for name, tokenizer in zip(names[1:], tokenizers[1:], strict=True):
         if not tokenizers[0].has_same_vocabulary(tokenizer):
             raise ModelError(
                 f"drafter {name!r} has another vocabulary than {model!r}: a drafter must share "
@@ -57,7 +61,7 @@ def build_engine(
     max_model_len = _resolve_length(config.max_model_len, architectures[0])
     decoders = [
         _load(name, folder, dtype, place, progress)
-        for name, folder in zip((model, *drafters), folders, strict=True)
+        for name, folder in zip(names, folders, strict=True)
     ]
     allocator = BlockAllocator(
         _num_blocks(config, decoders, max_model_len, max_nodes), config.block_size
@@ -65,13 +69,13 @@ def build_engine(
     num_slots = allocator.num_blocks * config.block_size
     runners = [Runner(decoder, num_slots) for decoder in decoders]
     vocab_size = runners[0].vocab_size
-    models: list[Drafter] = [
+    models = iter(
         ModelDrafter(name, runner, vocab_size=vocab_size, max_tokens=config.max_num_batched_tokens)
-        for name, runner in zip(drafters, runners[1:], strict=True)
-    ]
+        for name, runner in zip(names[1:], runners[1:], strict=True)
+    )
     return Engine(
         runners[0],
-        models,
+        [NgramDrafter() if name == NGRAM else next(models) for name in drafters],
         tokenizers[0],
         allocator=allocator,
         config=config,

@@ -13,6 +13,7 @@ from specinfer.draft.base import Drafter
 from specinfer.draft.builders import builder_for
 from specinfer.draft.calibration import Calibration
 from specinfer.draft.growth import Builder, Grown, Growth
+from specinfer.draft.ngram import PredictionDrafter
 from specinfer.engine.scheduler import Job, Scheduler
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.stats import EngineStats, TimedDrafter
@@ -78,7 +79,11 @@ class Engine:
         self.calibration = calibration or Calibration()
         self._builders: dict[str, Builder] = {}
         self.stats = EngineStats()
-        self.drafters: list[Drafter] = [TimedDrafter(each, self.stats) for each in drafters]
+        self._num_drafters = len(drafters)
+        # What requests predict themselves is one more source, of those that do.
+        self.drafters: list[Drafter] = [
+            TimedDrafter(each, self.stats) for each in (*drafters, PredictionDrafter())
+        ]
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self._seed = config.seed
@@ -99,17 +104,18 @@ class Engine:
         self._max_nodes(speculation)
         self.speculation = speculation
 
-    def _max_nodes(self, speculation: Speculation) -> int:
+    def _max_nodes(self, speculation: Speculation, *, predicted: bool = False) -> int:
         """Drafted nodes that a request with this speculation may add to a step.
 
         raises  ConfigError for a tree that no drafter grows or no step has room for
         """
-        max_nodes = speculation.num_nodes(len(self.drafters))
+        num_drafters = self._num_drafters + predicted
+        max_nodes = speculation.num_nodes(num_drafters)
         if speculation.tree == "auto":
             max_nodes = min(max_nodes, self._max_num_batched_tokens - 1)
         if max_nodes >= self._max_num_batched_tokens:
             raise ConfigError(
-                f"tree={speculation.tree!r} has up to {max_nodes} nodes for {len(self.drafters)} "
+                f"tree={speculation.tree!r} has up to {max_nodes} nodes for {num_drafters} "
                 f"drafters and a step computes {self._max_num_batched_tokens} tokens "
                 "(max_num_batched_tokens): take a smaller tree, or set max_nodes"
             )
@@ -123,7 +129,8 @@ class Engine:
         """
         max_total = self._check(prompt, params)
         speculation = params.own_speculation or self.speculation
-        max_nodes = self._max_nodes(speculation)
+        prediction = self._encode_prediction(params)
+        max_nodes = self._max_nodes(speculation, predicted=bool(prediction))
         self.scheduler.check_fits(max_total, max_nodes)
         sequences = []
         for index in range(params.n):
@@ -137,7 +144,7 @@ class Engine:
                 tokenizer=self.tokenizer,
                 speculation=speculation,
                 max_nodes=max_nodes,
-                prediction=(),
+                prediction=prediction,
                 vocab_size=self.target.vocab_size,
                 seed=self._seed,
             )
@@ -201,19 +208,26 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and prompt and output together may have "
                 f"{self.max_model_len} (max_model_len): shorten the prompt"
             )
-        vocab_size = self.target.vocab_size
-        for what, tokens in (
-            ("the prompt", prompt),
-            ("stop_token_ids", params.stop_token_ids or ()),
-        ):
-            for token in tokens:
-                if not isinstance(token, int) or not 0 <= token < vocab_size:
-                    raise RequestError(
-                        f"{what} has token id {token!r} and the model's ids are 0 to "
-                        f"{vocab_size - 1}"
-                    )
+        self._check_tokens("the prompt", prompt)
+        self._check_tokens("stop_token_ids", params.stop_token_ids or ())
         room = self.max_model_len - len(prompt)
         return len(prompt) + min(room, params.max_tokens or room)
+
+    def _check_tokens(self, what: str, tokens: ListLike[int]) -> None:
+        vocab_size = self.target.vocab_size
+        for token in tokens:
+            if not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise RequestError(
+                    f"{what} has token id {token!r} and the model's ids are 0 to {vocab_size - 1}"
+                )
+
+    def _encode_prediction(self, params: SamplingParams) -> ListLike[int]:
+        """The predicted output in tokens the model knows."""
+        prediction = params.prediction or ()
+        if isinstance(prediction, str):
+            return self.tokenizer.encode(prediction, add_special_tokens=False)
+        self._check_tokens("the prediction", prediction)
+        return prediction
 
     # --- draft ------------------------------------------------------------------------------------
 
@@ -269,6 +283,7 @@ class Engine:
             source
             for source, drafter in enumerate(self.drafters)
             if len(sequence.tokens) <= drafter.max_positions
+            and (source < self._num_drafters or sequence.prediction)
         ]
 
     # --- verify -----------------------------------------------------------------------------------
