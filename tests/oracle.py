@@ -22,7 +22,8 @@ import pytest
 
 from specinfer import sampling, verify
 from specinfer.tree import TokenTree, union
-from specinfer.verify import Verdict
+from specinfer.verify import Verdict, follow
+from tests.helpers import children, top_k_tokens
 
 Tokens = tuple[int, ...]
 Grow = Callable[[Any], TokenTree]
@@ -107,6 +108,11 @@ def enumerate_chance(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             module, "coin", lambda a, rng: rng.coin(a) if isinstance(rng, Chance) else coin(a, rng)
         )
+
+
+def verify_greedy(tree: TokenTree, p: Any) -> Verdict:
+    """Greedy as the engine does it: follow the likeliest tokens, the lowest ids among equals."""
+    return follow(tree, p.argmax(-1))
 
 
 # --- toy models -----------------------------------------------------------------------------------
@@ -194,9 +200,9 @@ def add_children(
     elif draw == "without-replacement":
         sampling.add_without_replacement(tree, node, rows, 0, k, rng, source=source)
     elif draw == "pick":
-        sampling.add_picks(tree, node, sampling.top_k_tokens(q, k), source=source)
+        sampling.add_picks(tree, node, top_k_tokens(q, k), source=source)
     elif draw == "pick, then draw":
-        picked = sampling.top_k_tokens(q, 1)
+        picked = top_k_tokens(q, 1)
         sampling.add_picks(tree, node, picked, source=source)
         sampling.add_without_replacement(
             tree, node, rows, 0, k - 1, rng, source=source, seen=tuple(picked)
@@ -204,8 +210,8 @@ def add_children(
     else:
         assert draw == "draw, then pick"
         sampling.add_iid(tree, node, rows, 0, k - 1, rng, source=source)
-        drawn = {tree.tokens[child] for child in tree.children(node)}
-        rest = [token for token in sampling.top_k_tokens(q, len(q)) if token not in drawn]
+        drawn = {tree.tokens[child] for child in children(tree, node)}
+        rest = [token for token in top_k_tokens(q, len(q)) if token not in drawn]
         sampling.add_picks(tree, node, rest[:1], source=source)
 
 

@@ -19,11 +19,11 @@ from specinfer.tree import PICK, Law, TokenTree, union
 from specinfer.verify import (
     follow,
     require_lawful,
-    verify_greedy,
     verify_match,
     verify_topdown,
     verify_traversal,
 )
+from tests.helpers import children, top_k_tokens
 from tests.oracle import (
     ALMOST_ONE,
     DRAWS,
@@ -38,6 +38,7 @@ from tests.oracle import (
     outcomes,
     target_rows,
     toys,
+    verify_greedy,
 )
 
 EXACT = 1e-9
@@ -116,7 +117,7 @@ def test_two_drafters_on_one_tree_are_exact(kind: str, verifier: Any) -> None:
 
     def in_turn(tree: TokenTree, node: int, q: Any, k: int, rng: Any) -> None:
         for source, law in enumerate((q, second.law(context(tree, node)))):
-            seen = tuple(tree.tokens[child] for child in tree.children(node))
+            seen = tuple(tree.tokens[child] for child in children(tree, node))
             sampling.add_without_replacement(
                 tree, node, law[None], 0, k, rng, source=source, seen=seen
             )
@@ -194,7 +195,7 @@ def prune_by_own_q(tree: TokenTree, node: int, q: Any, k: int, rng: Any) -> None
 
 
 def top_k_as_if_sampled(tree: TokenTree, node: int, q: Any, k: int, rng: Any) -> None:
-    tokens = sampling.top_k_tokens(q, k)
+    tokens = top_k_tokens(q, k)
     for order, token in enumerate(tokens):
         tree.add(node, token, law=Law(q[None], 0, tuple(tokens[:order])))
 
@@ -285,14 +286,14 @@ def mutant(name: str, old: str, new: str) -> Any:
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("verify_topdown", "not residual.subtract(1.0, token, law)", "False"),
-        ("verify_traversal", "residual.subtract(w, token, law)", "w"),
+        ("verify_topdown", "not residual.subtract(1.0, offer)", "False"),
+        ("verify_traversal", "residual.subtract(w, offer)", "w"),
         ("verify_traversal", "w = rest / (rest + (1.0 - w))", "pass"),
         ("verify_traversal", "min(1.0, w * ratio)", "min(1.0, ratio)"),
         (
             "verify_traversal",
-            "elif w < 1.0:\n                return None",
-            "elif w < 0:\n                pass",
+            "elif w < 1.0:\n                w = 0.0",
+            "elif w < 0:\n                w = 0.0",
         ),
     ],
 )
