@@ -22,11 +22,13 @@ from specinfer.errors import LawError
 from specinfer.sampling import coin, draw
 from specinfer.tree import Floats, Law, TokenTree
 
-_UNDERFLOW = 1e-12
+UNDERFLOW = 1e-12
 """A residual with less mass than this is rounding: in exact arithmetic there is none."""
 
 _LITTLE_LEFT = 0.05
 """Below this, what is left of a law is summed: 1 minus what was seen would multiply rounding."""
+
+_INDEPENDENT = ("kseq", "gbv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +227,7 @@ class _Residual:
         """
         if offer.row is None:
             return self._strike(w, offer.token)
-        if w < _UNDERFLOW:
+        if w < UNDERFLOW:
             return 0.0
         rest = self._buffer()
         scale = self.mass / (w * offer.left)
@@ -236,7 +238,7 @@ class _Residual:
         rest[[*self.struck, offer.token]] = 0.0  # rejected, so 0 but for rounding
         mass = _total(rest)
         left = w * mass / self.mass
-        if left < _UNDERFLOW:
+        if left < UNDERFLOW:
             self.spare.append(rest)
             return 0.0
         self.release()
@@ -251,7 +253,7 @@ class _Residual:
         mass, counted = self.mass - float(self.weights[token]), self.counted
         if mass < 1e-3 * counted:  # mostly rounding by now: sum what is really left
             mass = counted = _total(self._dense())
-        if w * mass / self.mass < _UNDERFLOW:
+        if w * mass / self.mass < UNDERFLOW:
             self.struck.pop()
             return 0.0
         share = mass / self.mass
@@ -282,14 +284,15 @@ class _Residual:
 def require_lawful(tree: TokenTree, verifier: str, vocab: int) -> None:
     """Refuse a tree whose slots do not suit the verifier.
 
-    verifier  "greedy" and "match" take any tree, "topdown" and "traversal" need every slot's law
+    verifier  "greedy" and "match" take any tree, "topdown" and "traversal" need every slot's law,
+              "kseq" and "gbv" one law per node, of which all its slots are independent draws
     vocab     of the target's law
     raises    LawError for a law that is missing, of another vocabulary, without the slot's own
-              token, or without replacement of tokens that no earlier sibling has
+              token, without replacement of tokens that no earlier sibling has, or not shared
     limits    whether a token was chosen by looking at it cannot be seen here: record it as PICK
     cost      O(slots) on the host
     """
-    if verifier not in ("topdown", "traversal"):
+    if verifier not in ("topdown", "traversal", *_INDEPENDENT):
         return
     for siblings in tree.slots_of:
         earlier: set[int] = set()
@@ -322,3 +325,24 @@ def require_lawful(tree: TokenTree, verifier: str, vocab: int) -> None:
                     "sibling has: keep siblings in the order they were drawn"
                 )
             earlier.add(token)
+        if verifier in _INDEPENDENT:
+            _require_shared_law(tree, siblings, verifier)
+
+
+def _require_shared_law(tree: TokenTree, siblings: Sequence[int], verifier: str) -> None:
+    for slot_id in siblings:
+        law, first = tree.slots[slot_id].law, tree.slots[siblings[0]].law
+        assert law is not None
+        assert first is not None
+        if law.is_pick:
+            how = "was picked"
+        elif law.seen:
+            how = "was drawn without replacement"
+        elif (law.rows is not first.rows) or law.row != first.row:
+            how = "was drawn from another law than its siblings"
+        else:
+            continue
+        raise LawError(
+            f"{verifier} needs all slots of a node drawn independently from one law and slot "
+            f'{slot_id} {how}: use one drafter and draw="iid", or verifier="traversal"'
+        )

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specinfer import sampling, verify
+from specinfer import baselines, sampling, verify
 from specinfer.tree import TokenTree, union
 from specinfer.verify import Verdict, follow
 from tests.helpers import children, top_k_tokens
@@ -99,7 +99,7 @@ def outcomes(run: Callable[[Any], Any]) -> Iterator[tuple[float, Any]]:
 def enumerate_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the production code's draws and coins branch where their generator is a `Chance`."""
     draw, coin = sampling.draw, sampling.coin
-    for module in (sampling, verify):
+    for module in (baselines, sampling, verify):
         monkeypatch.setattr(
             module,
             "draw",
@@ -232,6 +232,27 @@ def fixed(drafter: Toy, widths: Sequence[int], draw: str | AddChildren, source: 
                     draw(tree, node, q, widths[depth], rng)
                 else:
                     add_children(tree, node, q, widths[depth], draw, rng, source)
+            node += 1
+        return tree
+
+    return grow
+
+
+def paths(drafter: Toy, count: int, depth: int) -> Grow:
+    """So many independent paths of one length: a node has as many slots as paths lead to it."""
+
+    def grow(rng: Any) -> TokenTree:
+        tree = TokenTree(ROOT)
+        arrived = [count]  # per node
+        node = 0
+        while node < len(tree):
+            if tree.depths[node] < depth:
+                q = drafter.law(context(tree, node))
+                slots = len(tree.slots)
+                sampling.add_iid(tree, node, q[None], 0, arrived[node], rng)
+                arrived += [0] * (len(tree) - len(arrived))
+                for slot in tree.slots[slots:]:
+                    arrived[slot.node] += 1
             node += 1
         return tree
 
