@@ -13,7 +13,6 @@ in baselines.py.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -102,11 +101,11 @@ def verify_topdown(tree: TokenTree, p: Floats, rng: np.random.Generator) -> Verd
     while node != child:
         node, residual = child, _Residual(p[child], spare)
         for slot_id in tree.slots_of[node]:
-            offer = _offer(tree, slot_id)
-            ratio = residual.ratio(offer)
+            slot_node, token, row, left = _open(tree, slot_id)
+            ratio = residual.ratio(token, row, left)
             examined.append((slot_id, min(1.0, ratio)))
-            if coin(ratio, rng) or (not residual.subtract(1.0, offer) and ratio > 0):
-                child = offer.node  # either accepted, or rejecting it was impossible
+            if coin(ratio, rng) or (not residual.subtract(1.0, token, row, left) and ratio > 0):
+                child = slot_node  # either accepted, or rejecting it was impossible
                 residual.release()
                 break
     return Verdict(tree.path(node), residual.draw(rng), examined)
@@ -132,19 +131,19 @@ def verify_traversal(tree: TokenTree, p: Floats, rng: np.random.Generator) -> Ve
         """Accept here or below with probability exactly w: (last accepted node, next token)."""
         residual = _Residual(p[node], spare)
         for slot_id in tree.slots_of[node]:
-            offer = _offer(tree, slot_id)
-            ratio = residual.ratio(offer)
+            slot_node, token, row, left = _open(tree, slot_id)
+            ratio = residual.ratio(token, row, left)
             examined.append((slot_id, min(1.0, ratio)))
-            if ratio > 0 and (found := visit(offer.node, min(1.0, w * ratio))):
+            if ratio > 0 and (found := visit(slot_node, min(1.0, w * ratio))):
                 return found
-            rest = residual.subtract(w, offer)
+            rest = residual.subtract(w, token, row, left)
             if rest > 0:
                 w = rest / (rest + (1.0 - w))
             elif w < 1.0:
-                w = 0.0  # the slots so far used all of it up
-                break
+                residual.release()
+                return None  # the slots so far used all of w up
             elif ratio > 0:
-                return visit(offer.node, 1.0)  # rejecting it was impossible
+                return visit(slot_node, 1.0)  # rejecting it was impossible
         if coin(w, rng):
             return node, residual.draw(rng)
         residual.release()
@@ -155,26 +154,17 @@ def verify_traversal(tree: TokenTree, p: Floats, rng: np.random.Generator) -> Ve
     return Verdict(tree.path(found[0]), found[1], examined)
 
 
-class _Offer(NamedTuple):
-    """A slot as a verifier sees it: its node and token, and π = row / left on what is unseen.
+def _open(tree: TokenTree, slot_id: int) -> tuple[int, int, Floats | None, float]:
+    """(node, token, row, left) of a slot: π = row / left on what could be drawn.
 
     row   [vocab]; None for a point mass
-    left  the mass of the row without the tokens that could not be drawn
+    left  the row's mass without the tokens that could not be drawn
     """
-
-    node: int
-    token: int
-    row: Floats | None
-    left: float
-
-
-def _offer(tree: TokenTree, slot_id: int) -> _Offer:
-    slot = tree.slots[slot_id]
-    law, token = slot.law, tree.tokens[slot.node]
+    _, node, _, law = tree.slots[slot_id]
     assert law is not None
-    if law.is_pick:
-        return _Offer(slot.node, token, None, 1.0)
-    return _Offer(slot.node, token, law.rows[law.row], _left(law) if law.seen else 1.0)
+    if law.row < 0:
+        return node, tree.tokens[node], None, 1.0
+    return node, tree.tokens[node], law.rows[law.row], _left(law) if law.seen else 1.0
 
 
 def _left(law: Law) -> float:
@@ -212,39 +202,39 @@ class _Residual:
         self.spare = spare
         self.owned = False  # the weights are p itself
 
-    def ratio(self, offer: _Offer) -> float:
+    def ratio(self, token: int, row: Floats | None, left: float) -> float:
         """M[x] / π[x]."""
-        if offer.token in self.struck:
+        if token in self.struck:
             return 0.0
-        share = float(self.weights[offer.token]) / self.mass
-        return share if offer.row is None else share * offer.left / float(offer.row[offer.token])
+        share = float(self.weights[token]) / self.mass
+        return share if row is None else share * left / float(row[token])
 
-    def subtract(self, w: float, offer: _Offer) -> float:
+    def subtract(self, w: float, token: int, row: Floats | None, left: float) -> float:
         """A rejected slot: M becomes R / S for R = max(0, w·M - π) and S = sum(R); returns S.
 
         Where S underflows, returns 0.0 and M stays as it was. Tokens that π could not draw were
         rejected before, so that their M is 0 and nothing can be taken from them.
         """
-        if offer.row is None:
-            return self._strike(w, offer.token)
+        if row is None:
+            return self._strike(w, token)
         if w < UNDERFLOW:
             return 0.0
         rest = self._buffer()
-        scale = self.mass / (w * offer.left)
-        spent = offer.row if scale == 1.0 else np.multiply(offer.row, scale, out=rest)
+        scale = self.mass / (w * left)
+        spent = row if scale == 1.0 else np.multiply(row, scale, out=rest)
         # W - min(W, ·), as numpy compares two rows four times as fast as a row and a number
         np.minimum(self.weights, spent, out=rest)
         np.subtract(self.weights, rest, out=rest)
-        rest[[*self.struck, offer.token]] = 0.0  # rejected, so 0 but for rounding
+        rest[[*self.struck, token]] = 0.0  # rejected, so 0 but for rounding
         mass = _total(rest)
-        left = w * mass / self.mass
-        if left < UNDERFLOW:
+        kept = w * mass / self.mass
+        if kept < UNDERFLOW:
             self.spare.append(rest)
             return 0.0
         self.release()
         self.weights, self.mass, self.counted, self.struck = rest, mass, mass, []
         self.owned = True
-        return left
+        return kept
 
     def _strike(self, w: float, token: int) -> float:
         if token in self.struck:
@@ -309,12 +299,15 @@ def require_lawful(tree: TokenTree, verifier: str, vocab: int) -> None:
                     f"slot {slot_id} carries token {token}, which the target's vocabulary of "
                     f"{vocab} does not have: drop it while drafting"
                 )
-            if not law.is_pick and law.rows.shape[-1] != vocab:
+            if law.is_pick:
+                earlier.add(token)
+                continue
+            if law.rows.shape[-1] != vocab:
                 raise LawError(
                     f"slot {slot_id} has a law over {law.rows.shape[-1]} tokens and the target's "
                     f"has {vocab}: cut or pad the drafter's laws"
                 )
-            if not law.is_pick and (token in law.seen or not law.rows[law.row, token] > 0):
+            if token in law.seen or not law.rows[law.row, token] > 0:
                 raise LawError(
                     f"slot {slot_id} carries token {token}, which its law cannot draw: "
                     "record the law it was drawn from, or PICK"

@@ -290,14 +290,14 @@ def mutant(name: str, old: str, new: str, original: ModuleType = verify) -> Any:
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("verify_topdown", "not residual.subtract(1.0, offer)", "False"),
-        ("verify_traversal", "residual.subtract(w, offer)", "w"),
+        ("verify_topdown", "not residual.subtract(1.0, token, row, left)", "False"),
+        ("verify_traversal", "residual.subtract(w, token, row, left)", "w"),
         ("verify_traversal", "w = rest / (rest + (1.0 - w))", "pass"),
         ("verify_traversal", "min(1.0, w * ratio)", "min(1.0, ratio)"),
         (
             "verify_traversal",
-            "elif w < 1.0:\n                w = 0.0",
-            "elif w < 0:\n                w = 0.0",
+            "elif w < 1.0:\n                residual.release()\n                return None",
+            "elif w < 0:\n                pass",
         ),
     ],
 )
@@ -645,19 +645,16 @@ def test_a_residual_is_the_formula(
         token, law = tree.tokens[slot.node], slot.law
         assert law is not None
         dense = np.eye(70)[token] if law.is_pick else law.dense().astype(np.float64)
-        offer = verify._offer(tree, slot_id)
         if w * M[token] >= dense[token]:
             return  # it is never rejected
         R = np.maximum(0, w * M - dense)
         if R.sum() < 1e-2:
             return
-        left = residual.subtract(w, offer)
+        kept = residual.subtract(w, *verify._open(tree, slot_id)[1:])
         M, w = R / R.sum(), R.sum() / (R.sum() + 1 - w)
         error = 1e-4 if single else 1e-12
-        assert left == pytest.approx(R.sum(), rel=error)
+        assert kept == pytest.approx(R.sum(), rel=error)
         weights = residual._dense() / residual.mass
         assert np.abs(weights - M).sum() < error
         for other in range(70):
-            assert residual.ratio(verify._Offer(0, other, None, 1.0)) == pytest.approx(
-                M[other], abs=error
-            )
+            assert residual.ratio(other, None, 1.0) == pytest.approx(M[other], abs=error)
