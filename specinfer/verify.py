@@ -19,13 +19,14 @@ import numpy.typing as npt
 
 from specinfer.errors import LawError
 from specinfer.sampling import coin, draw
-from specinfer.tree import Floats, Law, TokenTree
+from specinfer.tree import Floats, TokenTree
 
 UNDERFLOW = 1e-12
 """A residual with less mass than this is rounding: in exact arithmetic there is none."""
 
 _LITTLE_LEFT = 0.05
-"""Below this, what is left of a law is summed: 1 minus what was seen would multiply rounding."""
+"""Below this, what is left of a law is written out and summed: 1 minus what was seen would multiply
+rounding, and dividing by it might overflow."""
 
 _INDEPENDENT = ("kseq", "gbv")
 
@@ -162,20 +163,15 @@ def _open(tree: TokenTree, slot_id: int) -> tuple[int, int, Floats | None, float
     """
     _, node, _, law = tree.slots[slot_id]
     assert law is not None
+    token = tree.tokens[node]
     if law.row < 0:
-        return node, tree.tokens[node], None, 1.0
-    return node, tree.tokens[node], law.rows[law.row], _left(law) if law.seen else 1.0
-
-
-def _left(law: Law) -> float:
-    """The row's mass on unseen tokens; its whole mass is 1 by contract."""
-    row, seen = law.rows[law.row], list(law.seen)
-    left = 1.0 - float(row[seen].sum(dtype=np.float64))
-    if left < _LITTLE_LEFT:
-        rest = row.copy()
-        rest[seen] = 0.0
-        left = _total(rest)
-    return left
+        return node, token, None, 1.0
+    row, left = law.rows[law.row], 1.0
+    if law.seen:
+        left -= float(row[list(law.seen)].sum(dtype=np.float64))  # its whole mass is 1 by contract
+        if left < _LITTLE_LEFT:
+            return node, token, law.dense(), 1.0
+    return node, token, row, left
 
 
 def _total(weights: Floats) -> float:

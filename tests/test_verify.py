@@ -658,3 +658,17 @@ def test_a_residual_is_the_formula(
         assert np.abs(weights - M).sum() < error
         for other in range(70):
             assert residual.ratio(other, None, 1.0) == pytest.approx(M[other], abs=error)
+
+
+@pytest.mark.parametrize("verifier", LAW_VERIFIERS)
+def test_a_law_with_next_to_nothing_left_is_written_out(verifier: Any) -> None:
+    q = np.array([[1.0, 3e-38, 1e-38, 0.0, 0.0]], np.float32)
+    p = np.array([[0.1, 0.3, 0.2, 0.4, 0.0]] * 4, np.float32)
+    tree = TokenTree(0)
+    for order, token in enumerate((0, 1, 2)):
+        tree.add(0, token, law=Law(q, 0, (0, 1)[:order]))
+    verdict = verifier(tree, p, Uniform(ALMOST_ONE))
+    assert (verdict.path, verdict.next_token) == ([], 3)
+    ratios = [ratio for _, ratio in verdict.examined]
+    # M = (0, 1/3, 2/9, 4/9), π = (0, 3/4, 1/4); then M = (0, 0, 0, 1), π = (0, 0, 1)
+    assert ratios == pytest.approx([0.1, 4 / 9, 0.0], rel=1e-5)
