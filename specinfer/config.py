@@ -229,7 +229,8 @@ def read_speculative_config(text: str) -> tuple[list[str], Speculation]:
     """Translate vLLM's `--speculative-config`: which drafters, and how to speculate.
 
     text     a JSON object with `model`, `num_speculative_tokens` (k drafts a chain of k) and
-             `speculative_token_tree` (drafts that tree), and `method`, which can be "draft_model"
+             `speculative_token_tree` (drafts that tree), and `method`, which can be "draft_model",
+             or "ngram" without a model
     raises   ConfigError for anything that would not mean what it means to vLLM
     """
     try:
@@ -241,9 +242,14 @@ def read_speculative_config(text: str) -> tuple[list[str], Speculation]:
     unknown = sorted(asked.keys() - set(_VLLM_KEYS))
     if unknown:
         raise _bad_speculative(f"has {unknown[0]!r}: known are {', '.join(_VLLM_KEYS)}")
-    if asked.get("method", "draft_model") != "draft_model":
-        raise _bad_speculative(f'has method={asked["method"]!r}: "draft_model" is what we build')
+    method = asked.get("method", "draft_model")
+    if method not in ("draft_model", "ngram"):
+        raise _bad_speculative(f'has method={method!r}: use "draft_model" or "ngram"')
     model, num, tree = asked.get("model"), *(asked.get(key) for key in _VLLM_KEYS[2:])
+    if method == "ngram":
+        if model not in (None, "ngram"):
+            raise _bad_speculative(f"has model={model!r}, and n-grams need none")
+        model = "ngram"
     if not isinstance(model, str) or not model:
         raise _bad_speculative('needs "model", the drafter')
     if num is not None and (not isinstance(num, int) or isinstance(num, bool) or num < 1):

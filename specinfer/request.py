@@ -42,8 +42,8 @@ class SamplingParams:
     max_tokens       output tokens at most; None: the rest of the context
     min_tokens       end tokens are not sampled before this many output tokens
     ignore_eos       go on past the model's end tokens
-    prediction       what much of the output is expected to repeat, as text or token ids: a source of
-                     guesses, never a constraint (OpenAI's predicted outputs)
+    prediction       what the output is expected to repeat for the most part, as text or token ids:
+                     a source of guesses, never a constraint (OpenAI's predicted outputs)
     speculation      this request's own, such as {"tree": "off"}; None: the engine's
     skip_special_tokens         leave special tokens out of the text
     include_stop_str_in_output  keep the stop string in the text

@@ -300,9 +300,18 @@ def draw(law: Floats, rng: np.random.Generator) -> int:
     """
     if len(law) <= _BLOCK:
         return _search(law, rng.random())
-    starts = np.arange(0, len(law), _BLOCK)
-    start = int(starts[_search(np.add.reduceat(law, starts), rng.random())])
+    start = _BLOCK * _search(_block_sums(law), rng.random())
     return start + _search(law[start : start + _BLOCK], rng.random())
+
+
+def _block_sums(law: Floats) -> Floats:
+    """[vocab] -> [blocks]; einsum takes half of reduceat's time."""
+    whole = len(law) // _BLOCK
+    sums = np.empty(-(-len(law) // _BLOCK), law.dtype)
+    np.einsum("ij->i", law[: whole * _BLOCK].reshape(whole, _BLOCK), out=sums[:whole])
+    if whole < len(sums):
+        sums[whole] = law[whole * _BLOCK :].sum()
+    return sums
 
 
 def _search(weights: Floats, u: float) -> int:
@@ -333,20 +342,6 @@ def draw_without_replacement(
         tokens.append(draw(rest, rng))
         rest[tokens[-1]] = 0.0
     return tokens
-
-
-def top_k_tokens(q: Floats, k: int) -> list[int]:
-    """The k likeliest tokens, likeliest first, the lowest id first among equals.
-
-    Never one of probability 0, so there may be fewer.
-    """
-    if k == 1:
-        best = int(q.argmax())
-        return [best] if q[best] > 0 else []
-    least = np.partition(q, -k)[-k] if k < len(q) else 0.0
-    tokens = np.flatnonzero((q >= least) & (q > 0))
-    order = np.argsort(-q[tokens], kind="stable")[:k]
-    return [int(token) for token in tokens[order]]
 
 
 # --- growing a tree -------------------------------------------------------------------------------

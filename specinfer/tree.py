@@ -127,10 +127,6 @@ class TokenTree:
         """The node of `token` under `parent`, if any slot proposed it."""
         return self._child.get((parent, token))
 
-    def children(self, node: int) -> list[int]:
-        """Distinct children, in the order of their first slot."""
-        return list(dict.fromkeys(self.slots[slot].node for slot in self.slots_of[node]))
-
     def path(self, node: int) -> list[int]:
         """The nodes from the root's child down to `node`; [] for the root."""
         path = []

@@ -1,14 +1,14 @@
 """Verification: which part of a drafted tree the target would have produced itself.
 
-Four rules, each exact: the emitted tokens follow the target's law whatever the drafters are worth
+Three rules, each exact: the emitted tokens follow the target's law whatever the drafters are worth
 (proven by enumeration in tests/test_verify.py; the mathematics in docs/algorithm.md).
 
-    greedy     follow the argmax of p              any tree
-    match      draw from p, follow if drafted      any tree
+    match      draw from p, follow if drafted      any tree; greedy: `follow` the argmax of p
     topdown    SpecInfer's multi-step sampling     slots with laws; siblings one after the other
     traversal  leaves first, then back up          slots with laws; never seen below topdown
 
-Pure functions of (tree, p, generator): no state, no device.
+Pure functions of (tree, p, generator): no state, no device. Rules kept to be measured against are
+in baselines.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +19,16 @@ import numpy.typing as npt
 
 from specinfer.errors import LawError
 from specinfer.sampling import coin, draw
-from specinfer.tree import Floats, Slot, TokenTree
+from specinfer.tree import Floats, TokenTree
 
-_UNDERFLOW = 1e-12
+UNDERFLOW = 1e-12
 """A residual with less mass than this is rounding: in exact arithmetic there is none."""
+
+_LITTLE_LEFT = 0.05
+"""Below this, what is left of a law is written out and summed: 1 minus what was seen would multiply
+rounding, and dividing by it might overflow."""
+
+_INDEPENDENT = ("kseq", "gbv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +72,6 @@ def _follow(tree: TokenTree, pick: Callable[[int], int]) -> Verdict:
         node = child
 
 
-def verify_greedy(tree: TokenTree, p: Floats) -> Verdict:
-    """Accept as long as the tree carries the likeliest token (the lowest id among equals).
-
-    p     [nodes, vocab]: the target's law after each node
-    cost  O(vocab) per visited node
-    """
-    return _follow(tree, lambda node: int(p[node].argmax()))
-
-
 def verify_match(tree: TokenTree, p: Floats, rng: np.random.Generator) -> Verdict:
     """Draw from the target at each node; go on where the tree carries the token.
 
@@ -95,19 +92,22 @@ def verify_topdown(tree: TokenTree, p: Floats, rng: np.random.Generator) -> Verd
     source  SpecInfer (arXiv 2305.09781), algorithm 2; without replacement: RSD, Sequoia. That
             algorithm picks the next slot at random: here the tree's order is that choice, as one
             drafter's i.i.d. slots are exchangeable and `tree.union` shuffles those of several
-    cost    O(vocab) per rejected slot with a dense law, O(1) per rejected pick; one draw
+    cost    four passes over the vocabulary per rejected slot with a dense law, none per rejected
+            pick; one draw. Laws of nodes that are not visited are not read
     """
     require_lawful(tree, "topdown", p.shape[-1])
     examined: list[tuple[int, float]] = []
+    spare: list[Floats] = []
     node, child = -1, 0
     while node != child:
-        node, residual = child, _Residual(p[child])
+        node, residual = child, _Residual(p[child], spare)
         for slot_id in tree.slots_of[node]:
-            slot, token, law = _open(tree, slot_id)
-            ratio = residual.ratio(token, law)
+            slot_node, token, row, left = _open(tree, slot_id)
+            ratio = residual.ratio(token, row, left)
             examined.append((slot_id, min(1.0, ratio)))
-            if coin(ratio, rng) or (not residual.subtract(1.0, token, law) and ratio > 0):
-                child = slot.node  # either accepted, or rejecting it was impossible
+            if coin(ratio, rng) or (not residual.subtract(1.0, token, row, left) and ratio > 0):
+                child = slot_node  # either accepted, or rejecting it was impossible
+                residual.release()
                 break
     return Verdict(tree.path(node), residual.draw(rng), examined)
 
@@ -121,72 +121,116 @@ def verify_traversal(tree: TokenTree, p: Floats, rng: np.random.Generator) -> Ve
     source  Traversal Verification (Weng et al. 2025), for slots; on a chain it is Block
             Verification, on picks it is match. `examined` holds slots of dropped branches too,
             with M as traversal has it there
-    cost    O(vocab) per rejected slot with a dense law, O(1) per rejected pick; one draw.
-            Recursion as deep as the tree
+    cost    as `verify_topdown`; laws are read only as far as the walk comes. Recursion as deep
+            as the tree
     """
     require_lawful(tree, "traversal", p.shape[-1])
     examined: list[tuple[int, float]] = []
+    spare: list[Floats] = []
 
     def visit(node: int, w: float) -> tuple[int, int] | None:
         """Accept here or below with probability exactly w: (last accepted node, next token)."""
-        residual = _Residual(p[node])
+        residual = _Residual(p[node], spare)
         for slot_id in tree.slots_of[node]:
-            slot, token, law = _open(tree, slot_id)
-            ratio = residual.ratio(token, law)
+            slot_node, token, row, left = _open(tree, slot_id)
+            ratio = residual.ratio(token, row, left)
             examined.append((slot_id, min(1.0, ratio)))
-            if ratio > 0 and (found := visit(slot.node, min(1.0, w * ratio))):
+            if ratio > 0 and (found := visit(slot_node, min(1.0, w * ratio))):
                 return found
-            rest = residual.subtract(w, token, law)
+            rest = residual.subtract(w, token, row, left)
             if rest > 0:
                 w = rest / (rest + (1.0 - w))
             elif w < 1.0:
+                residual.release()
                 return None  # the slots so far used all of w up
             elif ratio > 0:
-                return visit(slot.node, 1.0)  # rejecting it was impossible
-        return (node, residual.draw(rng)) if coin(w, rng) else None
+                return visit(slot_node, 1.0)  # rejecting it was impossible
+        if coin(w, rng):
+            return node, residual.draw(rng)
+        residual.release()
+        return None
 
     found = visit(0, 1.0)
     assert found is not None, "a visit with w = 1 always accepts"
     return Verdict(tree.path(found[0]), found[1], examined)
 
 
+def _open(tree: TokenTree, slot_id: int) -> tuple[int, int, Floats | None, float]:
+    """(node, token, row, left) of a slot: π = row / left on what could be drawn.
+
+    row   [vocab]; None for a point mass
+    left  the row's mass without the tokens that could not be drawn
+    """
+    _, node, _, law = tree.slots[slot_id]
+    assert law is not None
+    token = tree.tokens[node]
+    if law.row < 0:
+        return node, token, None, 1.0
+    row, left = law.rows[law.row], 1.0
+    if law.seen:
+        left -= float(row[list(law.seen)].sum(dtype=np.float64))  # its whole mass is 1 by contract
+        if left < _LITTLE_LEFT:
+            return node, token, law.dense(), 1.0
+    return node, token, row, left
+
+
+def _total(weights: Floats) -> float:
+    """Their sum; einsum takes half of `sum`'s time and errs as little (1e-7 at 128k)."""
+    return float(np.einsum("i->", weights))
+
+
 class _Residual:
     """M, what the target still owes at one node after the rejected slots: weights / mass.
 
-    Picks are only struck off until a dense law has to be subtracted. Never adds mass: a token with
-    M = 0 keeps it. `counted` is the mass when it was last summed, against cancellation.
+    The weights keep the scale of p, so that a law is scaled and subtracted at once. Picks are only
+    struck off until a dense law has to be subtracted. Never adds mass: a token with M = 0 keeps it.
+
+    spare    buffers [vocab] that nobody uses, shared along one verification
+    counted  the mass when it was last summed, against cancellation
     """
 
-    __slots__ = ("counted", "mass", "struck", "weights")
+    __slots__ = ("counted", "mass", "owned", "spare", "struck", "weights")
 
-    def __init__(self, p: Floats) -> None:
+    def __init__(self, p: Floats, spare: list[Floats]) -> None:
         self.weights = p
         self.mass = self.counted = 1.0
         self.struck: list[int] = []
+        self.spare = spare
+        self.owned = False  # the weights are p itself
 
-    def ratio(self, token: int, law: Floats | None) -> float:
-        """M[x] / π[x]; law None is a point mass."""
+    def ratio(self, token: int, row: Floats | None, left: float) -> float:
+        """M[x] / π[x]."""
         if token in self.struck:
             return 0.0
         share = float(self.weights[token]) / self.mass
-        return share if law is None else share / float(law[token])
+        return share if row is None else share * left / float(row[token])
 
-    def subtract(self, w: float, token: int, law: Floats | None) -> float:
-        """M becomes R / S for R = max(0, w·M - π) and S = sum(R); returns S.
+    def subtract(self, w: float, token: int, row: Floats | None, left: float) -> float:
+        """A rejected slot: M becomes R / S for R = max(0, w·M - π) and S = sum(R); returns S.
 
-        Where S underflows, returns 0.0 and M stays as it was.
+        Where S underflows, returns 0.0 and M stays as it was. Tokens that π could not draw were
+        rejected before, so that their M is 0 and nothing can be taken from them.
         """
-        if law is None:
+        if row is None:
             return self._strike(w, token)
-        rest = self.weights * (w / self.mass)
-        rest[self.struck] = 0.0
-        rest -= law
-        np.maximum(rest, 0.0, out=rest)
-        mass = float(rest.sum())
-        if mass < _UNDERFLOW:
+        if w < UNDERFLOW:
             return 0.0
+        rest = self._buffer()
+        scale = self.mass / (w * left)
+        spent = row if scale == 1.0 else np.multiply(row, scale, out=rest)
+        # W - min(W, ·), as numpy compares two rows four times as fast as a row and a number
+        np.minimum(self.weights, spent, out=rest)
+        np.subtract(self.weights, rest, out=rest)
+        rest[[*self.struck, token]] = 0.0  # rejected, so 0 but for rounding
+        mass = _total(rest)
+        kept = w * mass / self.mass
+        if kept < UNDERFLOW:
+            self.spare.append(rest)
+            return 0.0
+        self.release()
         self.weights, self.mass, self.counted, self.struck = rest, mass, mass, []
-        return mass
+        self.owned = True
+        return kept
 
     def _strike(self, w: float, token: int) -> float:
         if token in self.struck:
@@ -194,8 +238,8 @@ class _Residual:
         self.struck.append(token)
         mass, counted = self.mass - float(self.weights[token]), self.counted
         if mass < 1e-3 * counted:  # mostly rounding by now: sum what is really left
-            mass = counted = float(self._dense().sum())
-        if w * mass / self.mass < _UNDERFLOW:
+            mass = counted = _total(self._dense())
+        if w * mass / self.mass < UNDERFLOW:
             self.struck.pop()
             return 0.0
         share = mass / self.mass
@@ -213,18 +257,28 @@ class _Residual:
         """A token from M."""
         return draw(self._dense(), rng)
 
+    def release(self) -> None:
+        """Give the weights' buffer to whoever needs one next."""
+        if self.owned:
+            self.spare.append(self.weights)
+            self.owned = False
+
+    def _buffer(self) -> Floats:
+        return self.spare.pop() if self.spare else np.empty_like(self.weights)
+
 
 def require_lawful(tree: TokenTree, verifier: str, vocab: int) -> None:
     """Refuse a tree whose slots do not suit the verifier.
 
-    verifier  "greedy" and "match" take any tree, "topdown" and "traversal" need every slot's law
+    verifier  "greedy" and "match" take any tree, "topdown" and "traversal" need every slot's law,
+              "kseq" and "gbv" one law per node, of which all its slots are independent draws
     vocab     of the target's law
     raises    LawError for a law that is missing, of another vocabulary, without the slot's own
-              token, or without replacement of tokens that no earlier sibling has
+              token, without replacement of tokens that no earlier sibling has, or not shared
     limits    whether a token was chosen by looking at it cannot be seen here: record it as PICK
     cost      O(slots) on the host
     """
-    if verifier not in ("topdown", "traversal"):
+    if verifier not in ("topdown", "traversal", *_INDEPENDENT):
         return
     for siblings in tree.slots_of:
         earlier: set[int] = set()
@@ -241,12 +295,15 @@ def require_lawful(tree: TokenTree, verifier: str, vocab: int) -> None:
                     f"slot {slot_id} carries token {token}, which the target's vocabulary of "
                     f"{vocab} does not have: drop it while drafting"
                 )
-            if not law.is_pick and law.rows.shape[-1] != vocab:
+            if law.is_pick:
+                earlier.add(token)
+                continue
+            if law.rows.shape[-1] != vocab:
                 raise LawError(
                     f"slot {slot_id} has a law over {law.rows.shape[-1]} tokens and the target's "
                     f"has {vocab}: cut or pad the drafter's laws"
                 )
-            if not law.is_pick and (token in law.seen or not law.rows[law.row, token] > 0):
+            if token in law.seen or not law.rows[law.row, token] > 0:
                 raise LawError(
                     f"slot {slot_id} carries token {token}, which its law cannot draw: "
                     "record the law it was drawn from, or PICK"
@@ -257,10 +314,24 @@ def require_lawful(tree: TokenTree, verifier: str, vocab: int) -> None:
                     "sibling has: keep siblings in the order they were drawn"
                 )
             earlier.add(token)
+        if verifier in _INDEPENDENT:
+            _require_shared_law(tree, siblings, verifier)
 
 
-def _open(tree: TokenTree, slot_id: int) -> tuple[Slot, int, Floats | None]:
-    """A slot, its token, and its law over the vocabulary: None for a point mass."""
-    slot = tree.slots[slot_id]
-    assert slot.law is not None
-    return slot, tree.tokens[slot.node], None if slot.law.is_pick else slot.law.dense()
+def _require_shared_law(tree: TokenTree, siblings: Sequence[int], verifier: str) -> None:
+    for slot_id in siblings:
+        law, first = tree.slots[slot_id].law, tree.slots[siblings[0]].law
+        assert law is not None
+        assert first is not None
+        if law.is_pick:
+            how = "was picked"
+        elif law.seen:
+            how = "was drawn without replacement"
+        elif (law.rows is not first.rows) or law.row != first.row:
+            how = "was drawn from another law than its siblings"
+        else:
+            continue
+        raise LawError(
+            f"{verifier} needs all slots of a node drawn independently from one law and slot "
+            f'{slot_id} {how}: use one drafter and draw="iid", or verifier="traversal"'
+        )

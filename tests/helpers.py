@@ -1,12 +1,15 @@
-"""What the tests of several modules share: toy configurations and an attention to compare with."""
+"""What the tests of several modules share: toy configurations, an attention to compare with, and
+small questions about trees and laws that production does not ask."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from specinfer.models.architecture import Architecture
+from specinfer.tree import Floats, TokenTree
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -61,3 +64,22 @@ def reference_attend(
 def flat_positions(lengths: Sequence[int]) -> Tensor:
     """Positions of sequences that lie one behind the other: 0.. for each."""
     return torch.cat([torch.arange(length) for length in lengths])
+
+
+def children(tree: TokenTree, node: int) -> list[int]:
+    """Distinct children, in the order of their first slot."""
+    return list(dict.fromkeys(tree.slots[slot].node for slot in tree.slots_of[node]))
+
+
+def top_k_tokens(q: Floats, k: int) -> list[int]:
+    """The k likeliest tokens, likeliest first, the lowest id first among equals.
+
+    Never one of probability 0, so there may be fewer.
+    """
+    if k == 1:
+        best = int(q.argmax())
+        return [best] if q[best] > 0 else []
+    least = np.partition(q, -k)[-k] if k < len(q) else 0.0
+    tokens = np.flatnonzero((q >= least) & (q > 0))
+    order = np.argsort(-q[tokens], kind="stable")[:k]
+    return [int(token) for token in tokens[order]]

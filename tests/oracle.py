@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specinfer import sampling, verify
+from specinfer import baselines, sampling, verify
 from specinfer.tree import TokenTree, union
-from specinfer.verify import Verdict
+from specinfer.verify import Verdict, follow
+from tests.helpers import children, top_k_tokens
 
 Tokens = tuple[int, ...]
 Grow = Callable[[Any], TokenTree]
@@ -98,7 +99,7 @@ def outcomes(run: Callable[[Any], Any]) -> Iterator[tuple[float, Any]]:
 def enumerate_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the production code's draws and coins branch where their generator is a `Chance`."""
     draw, coin = sampling.draw, sampling.coin
-    for module in (sampling, verify):
+    for module in (baselines, sampling, verify):
         monkeypatch.setattr(
             module,
             "draw",
@@ -107,6 +108,11 @@ def enumerate_chance(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             module, "coin", lambda a, rng: rng.coin(a) if isinstance(rng, Chance) else coin(a, rng)
         )
+
+
+def verify_greedy(tree: TokenTree, p: Any) -> Verdict:
+    """Greedy as the engine does it: follow the likeliest tokens, the lowest ids among equals."""
+    return follow(tree, p.argmax(-1))
 
 
 # --- toy models -----------------------------------------------------------------------------------
@@ -194,9 +200,9 @@ def add_children(
     elif draw == "without-replacement":
         sampling.add_without_replacement(tree, node, rows, 0, k, rng, source=source)
     elif draw == "pick":
-        sampling.add_picks(tree, node, sampling.top_k_tokens(q, k), source=source)
+        sampling.add_picks(tree, node, top_k_tokens(q, k), source=source)
     elif draw == "pick, then draw":
-        picked = sampling.top_k_tokens(q, 1)
+        picked = top_k_tokens(q, 1)
         sampling.add_picks(tree, node, picked, source=source)
         sampling.add_without_replacement(
             tree, node, rows, 0, k - 1, rng, source=source, seen=tuple(picked)
@@ -204,8 +210,8 @@ def add_children(
     else:
         assert draw == "draw, then pick"
         sampling.add_iid(tree, node, rows, 0, k - 1, rng, source=source)
-        drawn = {tree.tokens[child] for child in tree.children(node)}
-        rest = [token for token in sampling.top_k_tokens(q, len(q)) if token not in drawn]
+        drawn = {tree.tokens[child] for child in children(tree, node)}
+        rest = [token for token in top_k_tokens(q, len(q)) if token not in drawn]
         sampling.add_picks(tree, node, rest[:1], source=source)
 
 
@@ -226,6 +232,27 @@ def fixed(drafter: Toy, widths: Sequence[int], draw: str | AddChildren, source: 
                     draw(tree, node, q, widths[depth], rng)
                 else:
                     add_children(tree, node, q, widths[depth], draw, rng, source)
+            node += 1
+        return tree
+
+    return grow
+
+
+def paths(drafter: Toy, count: int, depth: int) -> Grow:
+    """So many independent paths of one length: a node has as many slots as paths lead to it."""
+
+    def grow(rng: Any) -> TokenTree:
+        tree = TokenTree(ROOT)
+        arrived = [count]  # per node
+        node = 0
+        while node < len(tree):
+            if tree.depths[node] < depth:
+                q = drafter.law(context(tree, node))
+                slots = len(tree.slots)
+                sampling.add_iid(tree, node, q[None], 0, arrived[node], rng)
+                arrived += [0] * (len(tree) - len(arrived))
+                for slot in tree.slots[slots:]:
+                    arrived[slot.node] += 1
             node += 1
         return tree
 

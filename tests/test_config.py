@@ -131,3 +131,10 @@ def test_a_token_tree_that_no_shape_describes(tree: Any) -> None:
 def test_trees_that_are_none(tree: str) -> None:
     with pytest.raises(ConfigError):
         Speculation(tree=tree)
+
+
+def test_vllms_ngrams() -> None:
+    text = '{"method": "ngram", "num_speculative_tokens": 3}'
+    assert read_speculative_config(text) == (["ngram"], Speculation(tree="1,1,1"))
+    with pytest.raises(ConfigError, match="n-grams need none"):
+        read_speculative_config('{"method": "ngram", "model": "x", "num_speculative_tokens": 3}')

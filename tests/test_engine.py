@@ -24,6 +24,7 @@ from tests.engines import (
     toy_decoder,
     toy_engine,
 )
+from tests.helpers import children
 
 VOCAB = 24
 BRANCHES = {"first": 0, "middle": 1, "last": 2}
@@ -118,7 +119,7 @@ def test_every_branch_can_be_accepted(target: Decoder, way: str) -> None:
             assert len(path) == max(tree.depths)
             expected = ranks[tuple(trace.sequence.tokens[:3])]
             parents = [0, *path][: len(path)]
-            branches = [tree.children(v).index(c) for v, c in zip(parents, path, strict=True)]
+            branches = [children(tree, v).index(c) for v, c in zip(parents, path, strict=True)]
             assert branches == list(expected[: len(path)])
             num_full_paths += len(path) == 3
             noise = trace.sequence.noise

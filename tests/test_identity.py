@@ -19,7 +19,7 @@ from specinfer.request import CompletionOutput, RequestOutput, SamplingParams
 from tests.engines import free_blocks
 
 DRAFTER = "zoo:parley-draft"
-TREES = (PAPER_TREE, "2,2", "4", "1,1,1,1", "3,2,1")
+TREES = (PAPER_TREE, "2,2", "4", "3,2,1", "3x4", "sequoia", "best-first", "calibrated", "auto")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32)
 SEEDED = SamplingParams(temperature=0.8, max_tokens=30, seed=1)
 MAX_EXCUSED = 2

@@ -16,9 +16,10 @@ from specinfer.config import Draw, EngineConfig, Speculation, VerifierName
 from specinfer.draft import shapes
 from specinfer.models.decoder import Decoder
 from specinfer.request import SamplingParams
-from specinfer.sampling import RowFilters, draw_without_replacement, target_laws, top_k_tokens
+from specinfer.sampling import RowFilters, draw_without_replacement, target_laws
 from specinfer.tree import Floats, Law, TokenTree
 from tests.engines import fresh_logits, model_drafter, toy_decoder, toy_engine
+from tests.helpers import top_k_tokens
 
 VOCAB = 6
 PROMPT = [4]  # one token: the first step has a tree already

@@ -397,7 +397,7 @@ def test_without_a_prediction_nothing_is_proposed_or_kept() -> None:
     draft = draft_of(PROMPT, [3, 4])
     assert drafter.expand([(draft, [0])]) == [[]]
     assert drafter.expand([(draft, [1, 2])]) == [[], []]
-    assert drafter._alignments == {}
+    assert drafter._states == {}
 
 
 @pytest.mark.parametrize("make", [NgramDrafter, PredictionDrafter])

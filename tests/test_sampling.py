@@ -26,10 +26,10 @@ from specinfer.sampling import (
     request_generator,
     seeded_pick,
     target_laws,
-    top_k_tokens,
 )
 from specinfer.tree import TokenTree
 from specinfer.verify import follow
+from tests.helpers import children, top_k_tokens
 from tests.oracle import ALMOST_ONE, Uniform, enumerate_chance, outcomes
 
 FILTERS = [
@@ -319,15 +319,6 @@ def test_drawing_without_replacement_stops_when_nothing_is_left() -> None:
     assert q.tolist() == [0.5, 0.0, np.float32(0.4999999), 0.0]
 
 
-def test_top_k_takes_the_likeliest_lowest_ids_first() -> None:
-    q = np.array([0.1, 0.3, 0.3, 0.0, 0.3], np.float32)
-    assert top_k_tokens(q, 1) == [1]
-    assert top_k_tokens(q, 2) == [1, 2]
-    assert top_k_tokens(q, 4) == [1, 2, 4, 0]
-    assert top_k_tokens(q, 9) == [1, 2, 4, 0]
-    assert top_k_tokens(np.zeros(3, np.float32), 1) == []
-
-
 # --- growing a tree -------------------------------------------------------------------------------
 
 
@@ -337,7 +328,7 @@ def test_slots_record_the_law_they_were_drawn_from() -> None:
     tree = TokenTree(0)
     nodes = sampling.add_iid(tree, 0, rows, 1, 6, rng, source=2)
     assert len(tree.slots) == 6
-    assert nodes == tree.children(0)
+    assert nodes == children(tree, 0)
     assert all(slot.law is not None and slot.law.seen == () for slot in tree.slots)
     assert {slot.source for slot in tree.slots} == {2}
 

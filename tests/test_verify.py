@@ -3,6 +3,7 @@
 import itertools
 from collections import defaultdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specinfer import sampling, verify
+from specinfer import baselines, sampling, verify
+from specinfer.baselines import verify_gbv, verify_kseq
 from specinfer.errors import LawError
 from specinfer.request import SamplingParams
 from specinfer.sampling import RowFilters, target_laws
@@ -19,11 +21,11 @@ from specinfer.tree import PICK, Law, TokenTree, union
 from specinfer.verify import (
     follow,
     require_lawful,
-    verify_greedy,
     verify_match,
     verify_topdown,
     verify_traversal,
 )
+from tests.helpers import children, top_k_tokens
 from tests.oracle import (
     ALMOST_ONE,
     DRAWS,
@@ -36,14 +38,17 @@ from tests.oracle import (
     measure,
     merged,
     outcomes,
+    paths,
     target_rows,
     toys,
+    verify_greedy,
 )
 
 EXACT = 1e-9
 SHIFTED = 1e-3
 SAMPLING_VERIFIERS = (verify_match, verify_topdown, verify_traversal)
 LAW_VERIFIERS = (verify_topdown, verify_traversal)
+Q = np.array([[0.5, 0.5, 0.0]], np.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +121,7 @@ def test_two_drafters_on_one_tree_are_exact(kind: str, verifier: Any) -> None:
 
     def in_turn(tree: TokenTree, node: int, q: Any, k: int, rng: Any) -> None:
         for source, law in enumerate((q, second.law(context(tree, node)))):
-            seen = tuple(tree.tokens[child] for child in tree.children(node))
+            seen = tuple(tree.tokens[child] for child in children(tree, node))
             sampling.add_without_replacement(
                 tree, node, law[None], 0, k, rng, source=source, seen=seen
             )
@@ -194,7 +199,7 @@ def prune_by_own_q(tree: TokenTree, node: int, q: Any, k: int, rng: Any) -> None
 
 
 def top_k_as_if_sampled(tree: TokenTree, node: int, q: Any, k: int, rng: Any) -> None:
-    tokens = sampling.top_k_tokens(q, k)
+    tokens = top_k_tokens(q, k)
     for order, token in enumerate(tokens):
         tree.add(node, token, law=Law(q[None], 0, tuple(tokens[:order])))
 
@@ -273,11 +278,11 @@ def test_dropping_the_second_drafters_repeat_shows(verifier: Any) -> None:
     assert max(shifts) > SHIFTED
 
 
-def mutant(name: str, old: str, new: str) -> Any:
-    """A verifier of verify.py with one piece of its source replaced."""
-    source = Path(verify.__file__).read_text()
-    assert source.count(old) == 1, "the mutation no longer applies: adapt it to verify.py"
-    module: dict[str, Any] = {"__name__": verify.__name__}
+def mutant(name: str, old: str, new: str, original: ModuleType = verify) -> Any:
+    """A verifier with one piece of its module's source replaced."""
+    source = Path(str(original.__file__)).read_text()
+    assert source.count(old) == 1, "the mutation no longer applies: adapt it to the source"
+    module: dict[str, Any] = {"__name__": original.__name__}
     exec(compile(source.replace(old, new), "mutant", "exec"), module)
     return module[name]
 
@@ -285,13 +290,13 @@ def mutant(name: str, old: str, new: str) -> Any:
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("verify_topdown", "not residual.subtract(1.0, token, law)", "False"),
-        ("verify_traversal", "residual.subtract(w, token, law)", "w"),
+        ("verify_topdown", "not residual.subtract(1.0, token, row, left)", "False"),
+        ("verify_traversal", "residual.subtract(w, token, row, left)", "w"),
         ("verify_traversal", "w = rest / (rest + (1.0 - w))", "pass"),
         ("verify_traversal", "min(1.0, w * ratio)", "min(1.0, ratio)"),
         (
             "verify_traversal",
-            "elif w < 1.0:\n                return None",
+            "elif w < 1.0:\n                residual.release()\n                return None",
             "elif w < 0:\n                pass",
         ),
     ],
@@ -301,6 +306,90 @@ def test_a_broken_rule_shows(name: str, old: str, new: str) -> None:
     kinds = ("dense", "zeros", "disjoint", "equal")
     shifts = [worst("without-replacement", verifier, (1, 2), kind) for kind in kinds]
     assert max(shifts) > SHIFTED
+
+
+# --- baselines: exact on what they take, or refused -----------------------------------------------
+
+BASELINES = (verify_kseq, verify_gbv)
+
+
+@pytest.mark.parametrize("verifier", BASELINES)
+@pytest.mark.parametrize("widths", [(1,), (2,), (4,), (1, 2), (2, 1)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_baselines_are_exact(kind: str, widths: tuple[int, ...], verifier: Any) -> None:
+    for seed in range(2):
+        target, drafter, _ = toys(kind, 10 * seed, vocab=3)
+        assert_exact(target, fixed(drafter, widths, "iid"), verifier, len(widths) + 1)
+
+
+@pytest.mark.parametrize("verifier", [*LAW_VERIFIERS, *BASELINES])
+@pytest.mark.parametrize("kind", KINDS)
+def test_independent_paths_are_exact(kind: str, verifier: Any) -> None:
+    target, drafter, _ = toys(kind, 20, vocab=3)
+    assert_exact(target, paths(drafter, 2, 2), verifier, 3)
+
+
+@pytest.mark.parametrize("verifier", BASELINES)
+@pytest.mark.parametrize(("count", "depth"), [(3, 2), (2, 3)])
+def test_more_and_longer_paths_are_exact(count: int, depth: int, verifier: Any) -> None:
+    target, drafter, _ = toys("ties", 30, vocab=2)
+    assert_exact(target, paths(drafter, count, depth), verifier, depth + 1)
+    target, drafter, _ = toys("dense", 30, vocab=2)
+    assert_exact(target, paths(drafter, count, depth), verifier, depth + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("verify_kseq", "/ (scale * float(q[token]))", "/ float(q[token])"),
+        ("verify_kseq", "np.minimum(p / scale, q) * looked_at", "np.minimum(p, q)"),
+        ("verify_kseq", "return float(k)\n    if overlap >= 1.0", "return 1.0\n    if overlap < 2"),
+        ("verify_gbv", "_law_of_best(q, k, order)[None]", "q[None]"),
+        (  # equals as one rank: the first of them drawn is taken for the best
+            "verify_gbv",
+            "place[order] = np.arange(len(order))",
+            "place = np.unique(np.where(q > 0, -p[nodes[-1]] / q, 0), return_inverse=True)[1]",
+        ),
+        (  # the number of slots is the root's at every node
+            "verify_gbv",
+            "q, k = _shared(tree, nodes[-1])",
+            "q, k = _shared(tree, nodes[-1])[0], len(tree.slots_of[0])",
+        ),
+    ],
+)
+def test_a_broken_baseline_shows(name: str, old: str, new: str) -> None:
+    verifier = mutant(name, old, new, baselines)
+    shifts = []
+    for kind in ("dense", "ties"):
+        for seed in range(3):
+            target, drafter, _ = toys(kind, 10 * seed, vocab=3)
+            shifts.append(measure(target, paths(drafter, 2, 2), verifier, 3).deviation)
+    assert max(shifts) > SHIFTED
+
+
+@pytest.mark.parametrize("name", ["kseq", "gbv"])
+@pytest.mark.parametrize(
+    ("laws", "words"),
+    [
+        ([(0, PICK)], "was picked"),
+        ([(0, Law(Q, 0)), (1, Law(Q, 0, (0,)))], "without replacement"),
+        ([(0, Law(Q, 0)), (1, Law(Q.copy(), 0))], "another law"),
+        ([(0, Law(Q, 0)), (1, PICK)], "was picked"),
+        ([(0, None)], "has none"),
+    ],
+)
+def test_baselines_refuse_what_is_not_independent(
+    name: str, laws: list[tuple[int, Law | None]], words: str
+) -> None:
+    tree = TokenTree(0)
+    for token, law in laws:
+        tree.add(0, token, law=law)
+    p = np.full((len(tree), 3), 1 / 3, np.float32)
+    for verifier in BASELINES:
+        with pytest.raises(LawError, match=words):
+            verifier(tree, p, np.random.default_rng(0))
+    with pytest.raises(LawError, match=f"{name} needs"):
+        require_lawful(tree, name, 3)
 
 
 # --- identities -----------------------------------------------------------------------------------
@@ -419,9 +508,6 @@ def test_follow_goes_as_far_as_the_picks_are_drafted() -> None:
     assert follow(TokenTree(9), [4]).next_token == 4
 
 
-Q = np.array([[0.5, 0.5, 0.0]], np.float32)
-
-
 @pytest.mark.parametrize(
     ("laws", "words"),
     [
@@ -471,7 +557,8 @@ def test_float32_laws_hold_up(
     tree = fixed(drafter, (2, 3, 1), draw)(rng)
     p = target_rows(target, tree)
     assert p.dtype == np.float32
-    for verifier, chance in itertools.product(SAMPLING_VERIFIERS, (rng, Uniform(ALMOST_ONE))):
+    verifiers = (*SAMPLING_VERIFIERS, *(BASELINES if draw == "iid" else ()))
+    for verifier, chance in itertools.product(verifiers, (rng, Uniform(ALMOST_ONE))):
         verdict = verifier(tree, p, chance)  # type: ignore[operator]
         nodes = [0, *verdict.path]
         assert [tree.parents[node] for node in nodes[1:]] == nodes[:-1]
@@ -531,3 +618,57 @@ def test_a_picks_small_remainder_is_summed_anew(verifier: Any) -> None:
     tree.add(0, 1)
     examined = verifier(tree, p, Uniform(ALMOST_ONE)).examined
     assert examined[1] == (1, pytest.approx(0.75))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    concentration=st.sampled_from([0.02, 1.0]),
+    draw=st.sampled_from(DRAWS),
+    single=st.booleans(),
+)
+def test_a_residual_is_the_formula(
+    seed: int, concentration: float, draw: str, single: bool
+) -> None:
+    """The few passes over float32 against M = normalise(max(0, w·M - π)), written out in float64.
+
+    A law's rounding of 1e-7 is multiplied where little is left of M or of π.
+    """
+    rng = np.random.default_rng(seed)
+    p, q = rng.dirichlet([concentration] * 70, 2)
+    toy = Toy(0, 70, lambda rng: None)
+    toy.law = lambda text: q.astype(np.float32) if single else q  # type: ignore[method-assign]
+    tree = fixed(toy, (6,), draw)(rng)
+    residual = verify._Residual(p.astype(np.float32) if single else p, [])
+    M, w = p, 1.0
+    for slot_id, slot in enumerate(tree.slots):
+        token, law = tree.tokens[slot.node], slot.law
+        assert law is not None
+        dense = np.eye(70)[token] if law.is_pick else law.dense().astype(np.float64)
+        if w * M[token] >= dense[token]:
+            return  # it is never rejected
+        R = np.maximum(0, w * M - dense)
+        if R.sum() < 1e-2:
+            return
+        kept = residual.subtract(w, *verify._open(tree, slot_id)[1:])
+        M, w = R / R.sum(), R.sum() / (R.sum() + 1 - w)
+        error = 1e-4 if single else 1e-12
+        assert kept == pytest.approx(R.sum(), rel=error)
+        weights = residual._dense() / residual.mass
+        assert np.abs(weights - M).sum() < error
+        for other in range(70):
+            assert residual.ratio(other, None, 1.0) == pytest.approx(M[other], abs=error)
+
+
+@pytest.mark.parametrize("verifier", LAW_VERIFIERS)
+def test_a_law_with_next_to_nothing_left_is_written_out(verifier: Any) -> None:
+    q = np.array([[1.0, 3e-38, 1e-38, 0.0, 0.0]], np.float32)
+    p = np.array([[0.1, 0.3, 0.2, 0.4, 0.0]] * 4, np.float32)
+    tree = TokenTree(0)
+    for order, token in enumerate((0, 1, 2)):
+        tree.add(0, token, law=Law(q, 0, (0, 1)[:order]))
+    verdict = verifier(tree, p, Uniform(ALMOST_ONE))
+    assert (verdict.path, verdict.next_token) == ([], 3)
+    ratios = [ratio for _, ratio in verdict.examined]
+    # M = (0, 1/3, 2/9, 4/9), π = (0, 3/4, 1/4); then M = (0, 0, 0, 1), π = (0, 0, 1)
+    assert ratios == pytest.approx([0.1, 4 / 9, 0.0], rel=1e-5)

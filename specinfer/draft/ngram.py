@@ -202,7 +202,7 @@ class NgramDrafter:
     max_positions = 1 << 30
 
     def __init__(self) -> None:
-        self._texts: dict[int, _Text] = {}
+        self._states: dict[int, _Text] = {}
 
     def expand(self, frontier: list[tuple[Draft, list[int]]]) -> list[list[Pick]]:
         """See `Drafter.expand`: picks per node, the likeliest first, [] if nothing is known.
@@ -216,10 +216,10 @@ class NgramDrafter:
 
     def drop(self, key: int) -> None:
         """See `Drafter.drop`."""
-        self._texts.pop(key, None)
+        self._states.pop(key, None)
 
     def _expand(self, draft: Draft, nodes: list[int]) -> list[list[Pick]]:
-        text = self._texts.setdefault(draft.key, _Text())
+        text = self._states.setdefault(draft.key, _Text())
         automaton, matches, tree = text.automaton, text.matches, draft.tree
         if nodes == [0]:
             for token in draft.tokens[automaton.num_tokens :]:
@@ -362,7 +362,7 @@ class PredictionDrafter:
     max_positions = 1 << 30
 
     def __init__(self) -> None:
-        self._alignments: dict[int, _Alignment] = {}
+        self._states: dict[int, _Alignment] = {}
 
     def expand(self, frontier: list[tuple[Draft, list[int]]]) -> list[list[Pick]]:
         """See `Drafter.expand`: picks per node, the likeliest first, [] without a prediction.
@@ -376,12 +376,12 @@ class PredictionDrafter:
 
     def drop(self, key: int) -> None:
         """See `Drafter.drop`."""
-        self._alignments.pop(key, None)
+        self._states.pop(key, None)
 
     def _expand(self, draft: Draft, nodes: list[int]) -> list[list[Pick]]:
         if not draft.prediction:
             return [[] for _ in nodes]
-        alignment = self._alignments.get(draft.key) or self._begin(draft)
+        alignment = self._states.get(draft.key) or self._begin(draft)
         prediction, beliefs, tree = alignment.prediction, alignment.beliefs, draft.tree
         if nodes == [0]:
             belief = beliefs[0]
@@ -400,7 +400,7 @@ class PredictionDrafter:
         prediction = Prediction(draft.prediction)
         beliefs = {0: prediction.start}
         alignment = _Alignment(prediction, len(draft.tokens), beliefs)
-        self._alignments[draft.key] = alignment
+        self._states[draft.key] = alignment
         return alignment
 
 

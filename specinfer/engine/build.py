@@ -47,7 +47,7 @@ def build_engine(
     max_nodes = speculation.num_nodes(len(drafters))
     # Everything that can be refused cheaply is refused before weights are read.
     names = [model, *(name for name in drafters if name != NGRAM)]
-    if len(names) + 1 < len(drafters):
+    if len(drafters) > len(names):
         raise ConfigError(f'drafters name "{NGRAM}" more than once: once is enough')
     folders = [resolve_model(name) for name in names]
     tokenizers = [Tokenizer.from_folder(folder) for folder in folders]

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specinfer.baselines import verify_gbv, verify_kseq
 from specinfer.cache.blocks import BlockAllocator
 from specinfer.config import EngineConfig, Speculation
 from specinfer.draft.base import Drafter
@@ -27,6 +28,8 @@ from specinfer.tree import TokenTree
 from specinfer.verify import Verdict, follow, verify_match, verify_topdown, verify_traversal
 
 _VERIFIERS = {
+    "gbv": verify_gbv,
+    "kseq": verify_kseq,
     "match": verify_match,
     "topdown": verify_topdown,
     "traversal": verify_traversal,
