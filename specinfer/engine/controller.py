@@ -20,6 +20,13 @@ from specinfer.engine.times import StepTimes
 _FADE = 0.95
 """What past steps weigh, from one to the next, in λ."""
 
+_PATIENCE = 8
+"""Steps in a row in which nothing was worth its price; then one in as many is looked at."""
+
+_SETTLED = 64
+_LOOK_EVERY = 8
+"""Steps from which times are learnt: all at first, then one in so many."""
+
 _PROBE_EVERY = 64
 _PROBE_DISCOUNT = 0.5
 """Where nothing was worth its price for long, one step in so many is priced lower: what drafts are
@@ -78,9 +85,20 @@ class Controller:
     def __init__(self, target: StepTimes, drafters: Sequence[StepTimes | None]) -> None:
         self.target = target
         self.drafters = list(drafters)
-        self._host = np.array(_HOST_S)
+        self._host_s = list(_HOST_S)
         self._goodput: dict[int, _Goodput] = {}
+        self._num_steps = 0
         self._num_plain = 0  # steps in a row without a drafted node
+        self._bucket = -1  # of the last step
+
+    def rests(self, num_spans: int) -> bool:
+        """Whether to draft nothing now, without asking: nothing was worth it for several steps.
+
+        What is looked at in each step costs a small model several per cent of it.
+        """
+        if _bucket(num_spans) != self._bucket:
+            return False
+        return self._num_plain > _PATIENCE and self._num_plain % _PATIENCE != 0
 
     def prices(self, num_tokens: int, num_spans: int, stop: int) -> Prices:
         """What this step's nodes and rounds must be worth.
@@ -89,22 +107,23 @@ class Controller:
         stop        drafted nodes there may be, plus one
         """
         rate = self.goodput(num_tokens, num_spans)
-        if self._num_plain % _PROBE_EVERY == _PROBE_EVERY - 1:
+        if self._num_plain and self._num_plain % _PROBE_EVERY == 0:
             rate *= _PROBE_DISCOUNT
-        _, _, node_s, round_s = self._host
-        table = self.target.table(num_tokens + stop, num_spans)
-        totals = table[num_tokens:] - table[num_tokens] + node_s * np.arange(stop)
-        hull = self.target.hull(num_tokens + stop + 1, num_spans)
-        slopes = np.maximum(0.0, np.diff(hull[num_tokens:])) + node_s
+        _, _, node_s, round_s = self._host_s
+        most = _round_up(num_tokens + stop + 1)
+        table = self.target.table(most, num_spans)[num_tokens : num_tokens + stop]
+        hull = self.target.hull(most, num_spans)[num_tokens : num_tokens + stop + 1]
+        totals = table - table[0] + node_s * np.arange(stop)
+        slopes = np.maximum(0.0, np.diff(hull)) + node_s
         rounds = [
-            rate * (round_s + self._pass_s(source, stop, num_spans))
+            rate * (round_s + self._passes_s(source, stop, num_spans))
             for source in range(len(self.drafters))
         ]
         return Prices(rate * slopes, rate * totals, rounds)
 
     def goodput(self, num_tokens: int, num_spans: int) -> float:
         """λ, tokens per second: what steps of this size brought, at least what plain ones do."""
-        plain = num_spans / self._step_s(num_tokens, num_spans, 0, [])
+        plain = num_spans / self._step_s(num_tokens, num_spans, 0, ())
         known = self._goodput.get(_bucket(num_spans))
         if known is None or known.seconds == 0:
             return plain
@@ -115,61 +134,76 @@ class Controller:
 
         decoding_only  nobody's prompt was computed: only such steps tell what decoding brings
         """
-        for each in load.passes:
-            times = self.drafters[each.source]
-            if times is not None and not each.is_first:
-                times.observe(each.num_nodes, each.seconds, each.num_spans)
+        self._num_steps += 1
+        looks = self._num_steps < _SETTLED or self._num_steps % _LOOK_EVERY == 0
+        if looks:
+            for each in load.passes:
+                times = self.drafters[each.source]
+                if times is not None and not each.is_first:
+                    times.observe(each.num_nodes, each.seconds, each.num_spans)
         if not decoding_only:
             return
         self._num_plain = 0 if load.num_nodes else self._num_plain + 1
-        self.target.observe(load.num_tokens, load.target_s, load.num_spans)
-        self._learn_host(load)
+        self._bucket = _bucket(load.num_spans)
+        if looks:
+            self.target.observe(load.num_tokens, load.target_s, load.num_spans)
+            self._learn_host(load)
         # Seconds as the model has them, so that a busy machine does not look like a bad tree.
         seconds = self._step_s(load.num_tokens, load.num_spans, load.num_nodes, load.passes)
-        goodput = self._goodput.setdefault(_bucket(load.num_spans), _Goodput())
+        goodput = self._goodput.setdefault(self._bucket, _Goodput())
         goodput.add(load.num_emitted, seconds)
 
-    def _step_s(
-        self,
-        num_tokens: int,
-        num_spans: int,
-        num_nodes: int,
-        passes: Sequence[Pass],
-    ) -> float:
-        drafting = sum(map(self.pass_s, passes))
-        host = float(self._host @ (1.0, num_spans, num_nodes, len(passes)))
-        return self.target.seconds(num_tokens, num_spans) + drafting + host
-
     def pass_s(self, one: Pass) -> float:
-        """What a pass costs by the model of times, in seconds."""
+        """What a drafter's pass costs by the model of times, in seconds."""
         times = self.drafters[one.source]
         if times is None:
             return _FREE_PASS_S * one.num_nodes
-        return times.seconds(one.num_nodes, one.num_spans)
+        return _seconds(times, one.num_nodes, one.num_spans)
 
-    def _pass_s(self, source: int, stop: int, num_spans: int) -> npt.NDArray[np.float64]:
+    def _step_s(
+        self, num_tokens: int, num_spans: int, num_nodes: int, passes: Sequence[Pass]
+    ) -> float:
+        step_s, span_s, node_s, round_s = self._host_s
+        host = step_s + span_s * num_spans + node_s * num_nodes + round_s * len(passes)
+        drafting = sum(map(self.pass_s, passes))
+        return _seconds(self.target, num_tokens, num_spans) + drafting + host
+
+    def _passes_s(self, source: int, stop: int, num_spans: int) -> npt.NDArray[np.float64]:
         """[stop] seconds of a drafter's pass over 0, 1, … nodes of up to so many sequences."""
         times = self.drafters[source]
         nodes = np.arange(stop, dtype=np.float64)
         if times is None:
             return _FREE_PASS_S * nodes
-        spans = np.minimum(nodes, num_spans)
-        seconds: npt.NDArray[np.float64] = times.table(stop) + times.span_s * np.maximum(
-            0, spans - 1
-        )
+        extra = np.minimum(nodes, num_spans) - 1
+        seconds: npt.NDArray[np.float64] = times.table(_round_up(stop))[
+            :stop
+        ] + times.span_s * np.maximum(0.0, extra)
         return seconds
 
     def _learn_host(self, load: StepLoad) -> None:
-        """Follow the host's seconds by normalised least mean squares, one costly step at a time."""
-        features = np.array([1.0, load.num_spans, load.num_nodes, len(load.passes)])
-        expected = float(self._host @ features)
-        missing = min(load.host_s, 3 * expected) - expected  # a busy moment is no cost
-        shares = features * self._host / expected  # blame in proportion to what each costs now
-        self._host *= np.exp(_HOST_RATE * shares * missing / expected)
+        """Follow the host's seconds: what is missing is blamed on each cost by its share."""
+        counts = (1, load.num_spans, load.num_nodes, len(load.passes))
+        shares = [count * each for count, each in zip(counts, self._host_s, strict=True)]
+        expected = sum(shares)
+        missing = min(load.host_s, 3 * expected) / expected - 1  # a busy moment is no cost
+        self._host_s = [
+            each * math.exp(_HOST_RATE * missing * share / expected)
+            for each, share in zip(self._host_s, shares, strict=True)
+        ]
+
+
+def _seconds(times: StepTimes, num_tokens: int, num_spans: int) -> float:
+    """`times.seconds` from its cached table."""
+    return float(times.table(_round_up(num_tokens + 1), num_spans)[num_tokens])
+
+
+def _round_up(stop: int) -> int:
+    """A power of two from 128 on, so that few tables are kept."""
+    return max(128, 1 << (stop - 1).bit_length())
 
 
 def _bucket(num_spans: int) -> int:
-    """Batch sizes that share what is known: powers of two, halved once."""
+    """Batch sizes that share what is known: each half of a power of two."""
     return round(2 * math.log2(num_spans))
 
 

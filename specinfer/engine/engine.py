@@ -324,7 +324,10 @@ class Engine:
     def _draft(self, jobs: ListLike[Job]) -> list[_Work]:
         works = [_Work(job, TokenTree(job.sequence.tokens[-1])) for job in jobs]
         groups: dict[str, list[tuple[_Work, Growth]]] = {}
+        rests = self.controller is not None and self.controller.rests(len(jobs))
         for work in works:
+            if rests and self._may_rest(work.job.sequence):
+                continue
             growth = self._growth(work.job, len(jobs))
             if growth is not None:
                 work.sources = growth.sources
@@ -377,6 +380,11 @@ class Engine:
             prediction=sequence.prediction,
             urgency=self._urgency(sequence, num_spans),
         )
+
+    def _may_rest(self, sequence: Sequence) -> bool:
+        """Whether only models draft for it: what others find may change from step to step."""
+        is_auto = sequence.speculation.tree == "auto"
+        return is_auto and all(self._is_model) and not sequence.prediction
 
     def _urgency(self, sequence: Sequence, num_spans: int) -> float:
         goal_s = sequence.params.target_tpot_s
