@@ -178,10 +178,10 @@ class Picking:
         shares = probabilities / np.maximum(left, probabilities)
         ranks: Integers = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         rates = np.empty_like(shares)
-        regimes = [self._growths[i].regime for i in request.tolist()]
-        for regime in set(regimes):
-            own = [row for row, each in enumerate(regimes) if each == regime]
-            rates[own] = self._values.after(source, regime, ranks[own], shares[own])
+        for index in set(request.tolist()):
+            own = np.flatnonzero(request == index)
+            growth = self._growths[index]
+            rates[own] = self._values.after(source, growth, ranks[own], shares[own])
         rates = np.where(probabilities > 0, rates, 0.0)
         missed = np.ones_like(rates)
         np.cumprod(1.0 - rates[:, :-1], -1, out=missed[:, 1:])
@@ -210,7 +210,7 @@ class Picking:
                 offers = []
                 for queue in queues:
                     if (offer := queue.next(seen)) is not None:
-                        rate = self._values.after_one(queue.source, growth.regime, rank, offer[1])
+                        rate = self._values.after_one(queue.source, growth, rank, offer[1])
                         offers.append((rate, *offer, queue.source))
                 if not offers or value < LEAST:
                     break

@@ -15,7 +15,7 @@ from specinfer.cache.blocks import BlockAllocator
 from specinfer.config import IID_VERIFIERS, EngineConfig, Speculation
 from specinfer.draft.base import Drafter
 from specinfer.draft.builders import builder_for
-from specinfer.draft.calibration import Calibration
+from specinfer.draft.calibration import Calibration, Fortune
 from specinfer.draft.growth import Builder, Grown, Growth
 from specinfer.draft.heap import HeapBuilder
 from specinfer.draft.model import ModelDrafter
@@ -379,6 +379,7 @@ class Engine:
             max_depth=min(depth, room - len(sequence.tokens) + 1),
             prediction=sequence.prediction,
             urgency=self._urgency(sequence, num_spans),
+            fortunes=sequence.fortunes,
         )
 
     def _may_rest(self, sequence: Sequence) -> bool:
@@ -530,8 +531,9 @@ class Engine:
             place = tree.slots_of[slot.parent].index(slot_id)
             self.calibration.record_place(regime, place, accepted)
             if slot_id in grown.features:
-                name = self.drafters[slot.source].name
-                self.calibration.record(name, regime, grown.features[slot_id], accepted)
+                name, features = self.drafters[slot.source].name, grown.features[slot_id]
+                fortune = sequence.fortunes.setdefault(slot.source, Fortune())
+                self.calibration.record(name, regime, features, accepted, fortune)
 
     def _count(self, work: _Work, emitted_path: ListLike[int]) -> None:
         stats, tree = work.job.sequence.stats, work.tree
