@@ -175,7 +175,10 @@ class Picking:
         tokens, probabilities = likeliest(laws, width)
         probabilities = probabilities.astype(np.float64)
         left = 1.0 - np.cumsum(probabilities, -1) + probabilities
-        shares = probabilities / np.maximum(left, probabilities)
+        shares = np.zeros_like(probabilities)  # what a law cannot draw has no share of nothing
+        np.divide(
+            probabilities, np.maximum(left, probabilities), out=shares, where=probabilities > 0
+        )
         ranks: Integers = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         rates = np.empty_like(shares)
         regimes = [self._growths[i].regime for i in request.tolist()]
