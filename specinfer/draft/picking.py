@@ -118,7 +118,8 @@ class Picking:
         order = _best_of_each(request, worth, self._max_nodes)
         order = order[np.argsort(-worth[order], kind="stable")]
         if self._prices is not None:
-            totals = self._prices.totals[num_others:]
+            totals = self._prices.totals
+            totals = totals[min(num_others, len(totals) - 1) :]
             order = order[: max(0, len(totals) - 1)]
             gains = np.concatenate(([0.0], np.cumsum(worth[order])))
             order = order[: int((gains - totals[: len(gains)]).argmax())]
