@@ -277,8 +277,9 @@ class Calibration:
                 table = calibration.table(entry["drafter"], _regime(entry["regime"]))
                 for name, curves in (("before", table.before), ("after", table.after)):
                     shape = (NUM_RANKS, _NUM_KNOTS)
-                    curves.trials = _counts(entry[name]["trials"], shape)
-                    curves.hits = _counts(entry[name]["hits"], shape)
+                    curves.trials, curves.hits = _counts(
+                        [entry[name]["trials"], entry[name]["hits"]], (2, *shape)
+                    )
             for regime, counts in content["places"].items():
                 calibration._places[_regime(regime)] = _counts(counts, (2, NUM_PLACES))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -319,9 +320,12 @@ def _rounded(counts: Rates) -> list[Any]:
 
 
 def _counts(values: Any, shape: tuple[int, ...]) -> Rates:
+    """(trials, hits) of a file."""
     counts = np.array(values, np.float64)
     if counts.shape != shape or not np.isfinite(counts).all() or (counts < 0).any():
         raise ValueError(f"counts of shape {counts.shape} where {shape} is due")
+    if (counts[0] <= 0).any() or (counts[1] > counts[0]).any():
+        raise ValueError("more hits than trials, or no trials")
     return counts
 
 

@@ -118,7 +118,8 @@ class Picking:
         order = _best_of_each(request, worth, self._max_nodes)
         order = order[np.argsort(-worth[order], kind="stable")]
         if self._prices is not None:
-            totals = self._prices.totals[num_others:]
+            totals = self._prices.totals
+            totals = totals[min(num_others, len(totals) - 1) :]
             order = order[: max(0, len(totals) - 1)]
             gains = np.concatenate(([0.0], np.cumsum(worth[order])))
             order = order[: int((gains - totals[: len(gains)]).argmax())]
@@ -175,7 +176,10 @@ class Picking:
         tokens, probabilities = likeliest(laws, width)
         probabilities = probabilities.astype(np.float64)
         left = 1.0 - np.cumsum(probabilities, -1) + probabilities
-        shares = probabilities / np.maximum(left, probabilities)
+        shares = np.zeros_like(probabilities)  # what a law cannot draw has no share of nothing
+        np.divide(
+            probabilities, np.maximum(left, probabilities), out=shares, where=probabilities > 0
+        )
         ranks: Integers = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         rates = np.empty_like(shares)
         for index in set(request.tolist()):
