@@ -97,10 +97,9 @@ def priors_of(calibration: Calibration) -> dict[str, Any]:
 def scaled(trials: Any, hits: Any) -> dict[str, Any]:
     """Counts that weigh at most WEIGHT together."""
     share = min(1.0, WEIGHT / float(np.sum(trials)))
-    return {
-        "trials": np.round(np.array(trials) * share, 4).tolist(),
-        "hits": np.round(np.array(hits) * share, 4).tolist(),
-    }
+    kept = np.maximum(0.01, np.round(np.array(trials) * share, 2))
+    rates = np.array(hits) / np.array(trials)
+    return {"trials": kept.tolist(), "hits": np.round(rates * kept, 3).tolist()}
 
 
 def main() -> None:
@@ -122,7 +121,9 @@ def main() -> None:
         llm.engine.calibration = calibration
         prompts = read_prompts(args.chats, llm)
         learn(llm, prompts if drafter != "ngram" else prompts[::3], args.tokens)
-    args.out.write_text(json.dumps(priors_of(calibration)) + "\n", encoding="utf-8")
+    args.out.write_text(
+        json.dumps(priors_of(calibration), separators=(",", ":")) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 from specinfer.baselines import verify_gbv, verify_kseq
 from specinfer.draft import drawing
 from specinfer.draft.builders import SequoiaBuilder
-from specinfer.draft.calibration import REGIMES, Calibration, Regime
+from specinfer.draft.calibration import REGIMES, Calibration, Fortune, Regime
 from specinfer.draft.growth import Grown, Growth
 from specinfer.draft.heap import HeapBuilder
 from specinfer.draft.ngram import NgramDrafter, PredictionDrafter
@@ -70,6 +70,7 @@ class Request:
     key: int = 0
     sources: Sequence[int] | None = None
     urgency: float = 1.0
+    surprise: float = 0.0
 
     def growth(self, rng: Any, num_drafters: int) -> Growth:
         return Growth(
@@ -86,7 +87,16 @@ class Request:
             max_depth=self.max_depth,
             prediction=PREDICTION,
             urgency=self.urgency,
+            fortunes={source: fortune(self.surprise) for source in range(num_drafters)},
         )
+
+
+def fortune(surprise: float) -> Fortune:
+    """As a request's past may have left it."""
+    fortune = Fortune()
+    for _ in range(4):
+        fortune.observe(0.5, 0.5 + surprise)
+    return fortune
 
 
 Make = Callable[[], Any]
@@ -168,7 +178,7 @@ def heap(calibration: Calibration | None, thresholds: float | None = None) -> Ma
         builder = HeapBuilder(calibration)
         if thresholds is not None:
             for regime, nodes, depth in itertools.product(REGIMES, range(9), range(4)):
-                builder._thresholds[regime, nodes, depth] = thresholds
+                builder._past.thresholds[regime, nodes, depth] = thresholds
         return builder
 
     return make
@@ -328,11 +338,13 @@ def anything(seed: int) -> tuple[str, str, Make, list[Request]]:
     _, drafters = sources(mix, "dense", seed)
     calibration = learnt(seed) if rng.random() < 0.7 else None
     threshold = float(10 ** rng.uniform(-3, -0.05))
+    usual = dict.fromkeys(REGIMES, float(rng.uniform(0, 5)))
     priced = prices(seed, len(drafters))
 
     def make() -> HeapBuilder:
         builder = heap(calibration, threshold)()
         builder.prices = priced
+        builder._past.sizes.update(usual)
         return builder
 
     requests = []
@@ -348,6 +360,7 @@ def anything(seed: int) -> tuple[str, str, Make, list[Request]]:
                 key=key,
                 sources=chosen,
                 urgency=float(np.exp(rng.normal())),
+                surprise=float(rng.uniform(-0.5, 0.5)),
             )
         )
     return KINDS[seed % len(KINDS)], mix, make, requests[: 1 + (seed % 4 > 0)]
@@ -356,7 +369,7 @@ def anything(seed: int) -> tuple[str, str, Make, list[Request]]:
 @pytest.mark.parametrize("verifier", LAW_VERIFIERS)
 @pytest.mark.parametrize("seed", range(56))
 def test_control_shifts_nothing(seed: int, verifier: Any) -> None:
-    """Prices, caps, urgency, tables and thresholds of any kind, alone and beside another request:
+    """Prices, caps, urgency, tables, thresholds and fortunes of any kind, alone or with another:
     the requests' joint law is the product of their own."""
     kind, mix, make, requests = anything(seed)
     target, drafters = sources(mix, kind, seed)
@@ -405,12 +418,12 @@ def test_learning_from_step_to_step_shifts_nothing(mix: str, verifier: Any) -> N
             return first_step(target, drafters, verifier, rng)
 
         for chance, (builder, text) in outcomes(first):
-            thresholds = {("hot", 1, 1): max(builder._thresholds.values())}
+            thresholds = {("hot", 1, 1): max(builder._past.thresholds.values())}
             asked = [behind(drafter, text) for drafter in drafters]
 
             def second(calibration: Any = builder.calibration, thresholds: Any = thresholds) -> Any:
                 taught = HeapBuilder(calibration)
-                taught._thresholds = dict(thresholds)
+                taught._past.thresholds = dict(thresholds)
                 return taught
 
             for share, tree in drafted_by(second, asked, Request(max_nodes=1, max_depth=1)):
@@ -430,9 +443,9 @@ def first_step(target: Any, drafters: Sequence[Any], verifier: Any, rng: Any) ->
     for slot_id, accepted in verdict.examined:
         name = drafters[tree.slots[slot_id].source].name
         for _ in range(20):  # so that it matters
-            calibration.record(name, "hot", grown.features[slot_id], accepted)
-    for key in builder._thresholds:
-        builder._thresholds[key] = min(0.9, 0.3 * sum(tree.tokens) + 0.01)
+            calibration.record(name, "hot", grown.features[slot_id], accepted, Fortune())
+    for key in builder._past.thresholds:
+        builder._past.thresholds[key] = min(0.9, 0.3 * sum(tree.tokens) + 0.01)
     return builder, emission(tree, verdict)
 
 

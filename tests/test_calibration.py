@@ -17,6 +17,7 @@ from specinfer.draft.calibration import (
     Calibration,
     Curves,
     Features,
+    Fortune,
     knots_of,
     regime_of,
 )
@@ -120,6 +121,9 @@ def test_gains_expect_what_first_slots_have_been_worth() -> None:
     class Asking:
         draw, regime = "pick", "hot"
 
+        def odds(self, source: int) -> float:
+            return 1.0
+
     reaches = np.array([1.0, 0.5, 0.1])
     gains = values.gains(0, Asking(), reaches, 0.2)  # type: ignore[arg-type]
     shares, rates = table.after.first_slots
@@ -142,7 +146,7 @@ def test_tables_come_to_the_true_rates() -> None:
         after = before * rng.uniform(0.5, 1)
         rank = int(rng.integers(0, 3))
         hit = rng.random() < (after**0.5 if rank == 0 else after**2)
-        calibration.record("model", "cold", Features(rank, before, after), float(hit))
+        calibration.record("model", "cold", Features(rank, before, after), float(hit), Fortune())
     after_curves = calibration.table("model", "cold").after
     for probability in (0.1, 0.3, 0.6, 0.9):
         assert after_curves.at(0, probability) == pytest.approx(probability**0.5, abs=0.05)
@@ -188,7 +192,7 @@ def taught(seed: int) -> Calibration:
     for _ in range(300):
         slot = Features(int(rng.integers(0, 9)), rng.random(), rng.random())
         name, regime = ("model", "ngram")[rng.integers(2)], REGIMES[rng.integers(5)]
-        calibration.record(name, regime, slot, rng.random())
+        calibration.record(name, regime, slot, rng.random(), Fortune())
         calibration.record_place(regime, int(rng.integers(0, 5)), rng.random())
     return calibration
 
@@ -204,7 +208,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
             np.testing.assert_allclose(mine.after.rates, theirs.after.rates, atol=1e-3)
             np.testing.assert_allclose(mine.before.rates, theirs.before.rates, atol=1e-3)
             np.testing.assert_allclose(one.places(regime), other.places(regime), atol=1e-3)
-    other.record("model", "hot", Features(0, 0.5, 0.5), 1.0)  # and goes on from there
+    other.record("model", "hot", Features(0, 0.5, 0.5), 1.0, Fortune())  # and goes on from there
     other.save(file)
     assert json.loads(file.read_text())["format"] == 1
 
@@ -302,3 +306,39 @@ def test_tables_learn_between_steps_alone(monkeypatch: pytest.MonkeyPatch, tree:
         counts[event] = counts.get(event, 0) + 1
     assert counts["read"] > 0
     assert counts["learn"] > 0
+
+
+@pytest.mark.parametrize("offset", [-1.0, 0.0, 1.0])
+def test_a_request_learns_how_its_own_drafts_fare(offset: float) -> None:
+    """Its offset in log-odds, drawn towards none."""
+    rng, fortune = np.random.default_rng(1), Fortune()
+    seen = []
+    for step in range(1200):
+        logit = rng.normal(0, 1.5)
+        expected = 1 / (1 + np.exp(-logit))
+        fortune.observe(expected, float(rng.random() < 1 / (1 + np.exp(-logit - offset))))
+        seen += [np.log(fortune.odds)] if step > 200 else []
+    assert np.mean(seen) == pytest.approx(0.7 * offset, abs=0.25)
+    assert Fortune().odds == 1.0
+
+
+def test_values_take_a_requests_fortune_into_account() -> None:
+    values = Values(Calibration(), [Named()])  # type: ignore[list-item]
+
+    class Asking:
+        draw, regime = "pick", "hot"
+
+        def __init__(self, odds: float) -> None:
+            self.own = odds
+
+        def odds(self, source: int) -> float:
+            return self.own
+
+    plain, lucky = Asking(1.0), Asking(3.0)
+    ranks, probabilities = np.array([0, 1, 2]), np.array([0.5, 0.3, 0.9])
+    rates = values.after(0, plain, ranks, probabilities)  # type: ignore[arg-type]
+    better = values.after(0, lucky, ranks, probabilities)  # type: ignore[arg-type]
+    np.testing.assert_allclose(better / (1 - better), 3 * rates / (1 - rates))
+    for rank, probability, expected in zip(ranks, probabilities, better, strict=True):
+        one = values.after_one(0, lucky, int(rank), float(probability))  # type: ignore[arg-type]
+        assert one == pytest.approx(expected)

@@ -391,9 +391,9 @@ def test_thresholds_leave_about_a_tenth_to_fill() -> None:
     builder, drafters = HeapBuilder(), [model(2)]
     for key in range(120):
         grow([growth("without-replacement", key, max_nodes=16)], drafters, builder)
-    (threshold,) = builder._thresholds.values()
+    (threshold,) = builder._past.thresholds.values()
     assert 1e-3 < threshold < 0.9
-    assert set(builder._thresholds) == {("hot", 16, 5)}
+    assert set(builder._past.thresholds) == {("hot", 16, 5)}
 
 
 def test_an_empty_answer_grows_nothing() -> None:

@@ -24,10 +24,11 @@ import numpy.typing as npt
 from specinfer.errors import ConfigError
 
 Regime = Literal["greedy", "seeded", "cold", "warm", "hot"]
-"""Requests whose slots are accepted alike: temperature up to 0.35 is cold, up to 0.8 warm."""
+"""Requests whose slots are accepted alike: greedy ones and those hardly warmer, seeded ones, and
+temperatures up to 0.45, up to 0.8 and above."""
 
-COLDEST_DRAW = 0.35
-"""Up to this temperature picks are accepted oftener than draws (docs/performance.md)."""
+COLDEST_DRAW = 0.05
+"""Up to this temperature slots are picked, above it they are drawn (docs/performance.md)."""
 
 REGIMES: tuple[Regime, ...] = get_args(Regime)
 
@@ -58,11 +59,11 @@ Rates = npt.NDArray[np.float64]
 
 def regime_of(temperature: float, *, greedy: bool, seeded: bool) -> Regime:
     """The regime of a request."""
-    if greedy:
-        return "greedy"
-    if seeded:
+    if seeded and not greedy:
         return "seeded"
-    return "cold" if temperature <= COLDEST_DRAW else "warm" if temperature <= 0.8 else "hot"
+    if greedy or temperature <= COLDEST_DRAW:
+        return "greedy"
+    return "cold" if temperature <= 0.45 else "warm" if temperature <= 0.8 else "hot"
 
 
 class Features(NamedTuple):
