@@ -378,6 +378,7 @@ class Engine:
             max_nodes=job.max_nodes,
             max_depth=min(depth, room - len(sequence.tokens) + 1),
             prediction=sequence.prediction,
+            num_prompt=sequence.num_prompt,
             urgency=self._urgency(sequence, num_spans),
         )
 
