@@ -517,12 +517,12 @@ class Engine:
         """
         sequence = work.job.sequence
         grown, regime = work.grown, sequence.regime
-        if grown is None:
-            return
-        chain = self._chain(sequence.speculation)
-        if chain is not None:
+        chain = self._chains.get(sequence.speculation)
+        if chain is not None:  # of steps without a chain too: how many there were is worth knowing
             drafted, batch = work.tree.num_drafted, len(self.scheduler.running)
             chain.observe(sequence.number, drafted, len(verdict.path), batch)
+        if grown is None:
+            return
         tree, reached = work.tree, {0, *verdict.path}
         for slot_id, accepted in verdict.examined:
             slot = tree.slots[slot_id]
