@@ -184,6 +184,8 @@ class Engine:
         speculation = params.own_speculation or self.speculation
         prediction = self._encode_prediction(params)
         max_nodes = self._max_nodes(speculation, predicted=bool(prediction))
+        if speculation.tree == "auto":  # of no given size: no reason to refuse a request
+            max_nodes = min(max_nodes, max(0, self.scheduler.num_slots - max_total))
         self.scheduler.check_fits(max_total, max_nodes)
         sequences = []
         for index in range(params.n):
