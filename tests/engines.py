@@ -58,6 +58,7 @@ def toy_engine(
     config: EngineConfig | None = None,
     max_model_len: int = 48,
     eos_token_ids: Sequence[int] = (),
+    **options: Any,
 ) -> Engine:
     """An engine over a toy target."""
     config = config or EngineConfig(block_size=4)
@@ -69,6 +70,7 @@ def toy_engine(
         config=config,
         speculation=speculation or Speculation(),
         max_model_len=max_model_len,
+        **options,
     )
 
 
