@@ -10,7 +10,7 @@ import torch
 
 from specinfer.config import PAPER_TREE, EngineConfig, Speculation, VerifierName
 from specinfer.draft.ngram import NgramDrafter
-from specinfer.engine.controller import Controller, StepLoad
+from specinfer.engine.controller import Controller
 from specinfer.engine.engine import Engine
 from specinfer.engine.measure import Report
 from specinfer.engine.sequence import Sequence
@@ -21,6 +21,7 @@ from specinfer.request import SamplingParams
 from specinfer.tree import TokenTree
 from tests.engines import (
     ScriptedDrafter,
+    Told,
     finish,
     free_blocks,
     fresh_keys_and_values,
@@ -437,16 +438,6 @@ def times(token_s: float, first_s: float = 1e-2) -> StepTimes:
     """A step of one token takes `first_s`, every further one adds `token_s`."""
     sizes = [1, 8, 64, 512]
     return StepTimes(sizes, [first_s + token_s * (size - 1) for size in sizes])
-
-
-class Told(Controller):
-    """One to whom every step takes exactly what it was expected to take."""
-
-    def observe(self, load: StepLoad, *, decoding_only: bool) -> None:
-        load.target_s = self.target.seconds(load.num_tokens, load.num_spans)
-        load.passes = [one._replace(seconds=self.pass_s(one)) for one in load.passes]
-        load.host_s = 1e-4
-        super().observe(load, decoding_only=decoding_only)
 
 
 def measured(token_s: float, *drafter_s: float | None) -> Callable[[Report | None], Controller]:
