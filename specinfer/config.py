@@ -34,7 +34,7 @@ TREE_NAMES = ("auto", "off", "calibrated", "best-first", "sequoia")
 GROWN_TREES = ("auto", "calibrated", "best-first")
 """Trees that grow where acceptance is likeliest; "auto" at prices set by the controller."""
 
-_DEFAULT_NODES = {"auto": 64, "calibrated": 32, "best-first": 32, "sequoia": 32}
+_DEFAULT_NODES = {"auto": 64, "calibrated": 32, "best-first": 32, "sequoia": 64}
 _DEFAULT_DEPTH = 16
 _MAX_NODES = 2048
 
@@ -107,7 +107,8 @@ class Speculation:
                        per node and are always matched
     max_nodes          drafted nodes per request and step, those of all drafters together, without
                        the root: levels of a shape that do not fit are left out; None: as the
-                       shape says, else 32, at most 64 for "auto"
+                       shape says, else 32, at most 64 for "auto" and "sequoia", which then have
+                       the size that measured times make best
     max_depth          deepest node, in tokens after the root; None: as the shape says, else 16
     draft_temperature  the drafters' temperature; None: the request's own
     control            who sets the length of a chain in each step: "auto" (nobody; prices set the
@@ -182,7 +183,8 @@ class Speculation:
     @property
     def needs_times(self) -> bool:
         """Whether steps have to be measured before it can be carried out."""
-        return self.tree == "auto" or self.control == "smartspec"
+        is_sized = self.tree == "auto" or (self.tree == "sequoia" and self.max_nodes is None)
+        return is_sized or self.control == "smartspec"
 
     @property
     def depth(self) -> int:

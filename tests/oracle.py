@@ -13,14 +13,18 @@ doubtful p-value.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from specinfer import baselines, sampling, verify
+from specinfer.draft import drawing, growth
+from specinfer.draft.base import Draft, Pick
 from specinfer.tree import TokenTree, union
 from specinfer.verify import Verdict, follow
 from tests.helpers import children, top_k_tokens
@@ -99,15 +103,30 @@ def outcomes(run: Callable[[Any], Any]) -> Iterator[tuple[float, Any]]:
 def enumerate_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the production code's draws and coins branch where their generator is a `Chance`."""
     draw, coin = sampling.draw, sampling.coin
-    for module in (baselines, sampling, verify):
+    for module in (baselines, sampling, verify, drawing):
         monkeypatch.setattr(
             module,
             "draw",
             lambda law, rng: rng.draw(law) if isinstance(rng, Chance) else draw(law, rng),
         )
+    for module in (baselines, sampling, verify):
         monkeypatch.setattr(
             module, "coin", lambda a, rng: rng.coin(a) if isinstance(rng, Chance) else coin(a, rng)
         )
+
+
+def exact_laws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the builders take a `ToyDrafter`'s float64 laws as they are.
+
+    Filters and the softmax, which round to float32, are all that is left out: a slot's recorded law
+    is then the row that its token was drawn from, to the last bit, and verified in float64.
+    """
+    made = growth.target_laws
+
+    def laws(answer: Tensor, filters: Any) -> Tensor:
+        return answer.clone() if answer.dtype == torch.float64 else made(answer, filters)
+
+    monkeypatch.setattr(growth, "target_laws", laws)
 
 
 def verify_greedy(tree: TokenTree, p: Any) -> Verdict:
@@ -175,14 +194,77 @@ def toys(kind: str, seed: int, vocab: int) -> tuple[Toy, Toy, Toy]:
     )
 
 
+@dataclass(frozen=True)
+class After:
+    """A language model behind some tokens that it has seen already."""
+
+    model: Any
+    before: Tokens
+
+    def law(self, context: Tokens) -> Any:
+        """[vocab] float64: what follows this context."""
+        return self.model.law((*self.before, *context))
+
+
 def context(tree: TokenTree, node: int) -> Tokens:
     """The tokens from the root's child down to a node."""
     return tuple(tree.tokens[each] for each in tree.path(node))
 
 
-def target_rows(target: Toy, tree: TokenTree) -> Any:
+def target_rows(target: Any, tree: TokenTree) -> Any:
     """p [nodes, vocab] float64."""
     return np.array([target.law(context(tree, node)) for node in range(len(tree))])
+
+
+# --- drafters for the production builders ---------------------------------------------------------
+
+
+class ToyDrafter:
+    """Answers with a toy's laws (see `exact_laws`); requests other than 0 are texts of their own.
+
+    asked  per pass: (key of the request, its nodes)
+    """
+
+    max_positions = 1 << 30
+
+    def __init__(self, toy: Any, name: str = "model") -> None:
+        self.toy, self.name = toy, name
+        self.asked: list[list[tuple[int, list[int]]]] = []
+
+    def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Any:
+        self.asked.append([(draft.key, list(nodes)) for draft, nodes in frontier])
+        contexts = [own_context(draft, node) for draft, nodes in frontier for node in nodes]
+        return torch.from_numpy(np.array([self.toy.law(each) for each in contexts]))
+
+    def admit(self, accepted: list[tuple[Draft, list[int]]]) -> None: ...
+
+    def drop(self, key: int) -> None: ...
+
+
+class ToyPicker(ToyDrafter):
+    """Answers with picks that depend on the path: some tokens or none, as sure as seeded."""
+
+    def __init__(self, seed: int, vocab: int, name: str = "ngram") -> None:
+        super().__init__(None, name)
+        self.seed, self.vocab = seed, vocab
+
+    def picks(self, context: Tokens) -> list[Pick]:
+        """What follows a context, likeliest first."""
+        rng = np.random.default_rng([self.seed, 9, *context])
+        count = int(rng.integers(0, self.vocab))
+        tokens = rng.permutation(self.vocab)[:count].tolist()
+        chances = np.sort(rng.dirichlet(np.ones(count + 1))[:count])[::-1].tolist()
+        return list(zip(tokens, chances, strict=True))
+
+    def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Any:
+        self.asked.append([(draft.key, list(nodes)) for draft, nodes in frontier])
+        contexts = [own_context(draft, node) for draft, nodes in frontier for node in nodes]
+        return [self.picks(each) for each in contexts]
+
+
+def own_context(draft: Draft, node: int) -> Tokens:
+    """The tokens down to a node, behind the key of any request but 0."""
+    return (*((draft.key,) if draft.key else ()), *context(draft.tree, node))
 
 
 # --- growing --------------------------------------------------------------------------------------
@@ -283,26 +365,42 @@ class Outcome:
     forecast: float
 
 
-def measure(target: Toy, grow: Grow, verify: Verify, length: int) -> Outcome:
+def measure(target: Any, grow: Grow, verify: Verify, length: int) -> Outcome:
     """The exact law of the next `length` tokens: what verification emits, then the target's own."""
+    return measure_drafted(target, outcomes(grow), verify, length)
+
+
+def measure_drafted(
+    target: Any, drafted: Iterable[tuple[float, TokenTree]], verify: Verify, length: int
+) -> Outcome:
+    """The same for trees that were enumerated before: (probability, tree)."""
     emitted: dict[Tokens, float] = defaultdict(float)
     accepted = forecast = 0.0
-    for drafted, tree in outcomes(grow):
+    for chance, tree in drafted:
         p = target_rows(target, tree)
         for verified, verdict in outcomes(lambda rng, p=p, tree=tree: verify(tree, p, rng)):
-            probability = drafted * verified
-            tokens = context(tree, verdict.path[-1] if verdict.path else 0)
-            assert len(tokens) == len(verdict.path)
-            emitted[*tokens, verdict.next_token] += probability
-            accepted += probability * len(tokens)
+            probability = chance * verified
+            emitted[emission(tree, verdict)] += probability
+            accepted += probability * len(verdict.path)
             forecast += probability * sum(ratio for _, ratio in verdict.examined)
     law = continued(emitted, target, length)
     truth = continued({(): 1.0}, target, length)
-    deviation = sum(abs(law.get(key, 0.0) - truth.get(key, 0.0)) for key in law | truth) / 2
-    return Outcome(deviation, sum(emitted.values()), accepted, forecast)
+    return Outcome(distance(law, truth), sum(emitted.values()), accepted, forecast)
 
 
-def continued(law: dict[Tokens, float], target: Toy, length: int) -> dict[Tokens, float]:
+def emission(tree: TokenTree, verdict: Verdict) -> Tokens:
+    """The tokens that a verdict commits."""
+    tokens = context(tree, verdict.path[-1] if verdict.path else 0)
+    assert len(tokens) == len(verdict.path)
+    return (*tokens, verdict.next_token)
+
+
+def distance(law: dict[Any, float], truth: dict[Any, float]) -> float:
+    """Total variation."""
+    return sum(abs(law.get(key, 0.0) - truth.get(key, 0.0)) for key in law | truth) / 2
+
+
+def continued(law: dict[Tokens, float], target: Any, length: int) -> dict[Tokens, float]:
     """Go on from each emitted text with the target alone, up to a length."""
     done: dict[Tokens, float] = defaultdict(float)
     pending = list(law.items())

@@ -14,6 +14,8 @@ import torch
 
 from specinfer.config import Draw, EngineConfig, Speculation, VerifierName
 from specinfer.draft import shapes
+from specinfer.draft.base import Drafter
+from specinfer.draft.ngram import NgramDrafter
 from specinfer.models.decoder import Decoder
 from specinfer.request import SamplingParams
 from specinfer.sampling import RowFilters, draw_without_replacement, target_laws
@@ -23,6 +25,7 @@ from tests.helpers import top_k_tokens
 
 VOCAB = 6
 PROMPT = [4]  # one token: the first step has a tree already
+REPEATING = [4, 1, 3, 4, 1, 2, 4, 1, 4]  # for n-grams
 NUM_RUNS = 1200
 SIGNIFICANCE = 1e-3  # chance of a false alarm over the whole family of tests; seeds are fixed
 BLIND = 1e-6  # a mutation must be seen at least this clearly
@@ -66,7 +69,9 @@ def holm(chances: Sequence[float]) -> float:
     return min(chances) * len(chances)
 
 
-def pair_law(params: SamplingParams) -> dict[tuple[int, ...], float]:
+def pair_law(
+    params: SamplingParams, prompt: Sequence[int] = PROMPT
+) -> dict[tuple[int, ...], float]:
     """The law of the first two tokens, from plain passes."""
 
     def law(text: list[int]) -> list[float]:
@@ -76,8 +81,8 @@ def pair_law(params: SamplingParams) -> dict[tuple[int, ...], float]:
 
     return {
         (first, second): share * other
-        for first, share in enumerate(law(PROMPT))
-        for second, other in enumerate(law([*PROMPT, first]))
+        for first, share in enumerate(law([*prompt]))
+        for second, other in enumerate(law([*prompt, first]))
         if share * other > 0
     }
 
@@ -85,7 +90,8 @@ def pair_law(params: SamplingParams) -> dict[tuple[int, ...], float]:
 def chance_of(
     speculation: Speculation,
     *,
-    drafters: Sequence[Decoder] = (FIRST,),
+    drafters: Sequence[Decoder | Drafter] = (FIRST,),
+    prompt: Sequence[int] = PROMPT,
     num_runs: int = NUM_RUNS,
     engine_seed: int = 0,
     **fields: Any,
@@ -95,21 +101,24 @@ def chance_of(
     num_blocks = 256
     engine = toy_engine(
         TARGET,
-        [model_drafter(each, num_blocks * 32) for each in drafters],
+        [
+            model_drafter(each, num_blocks * 32) if isinstance(each, Decoder) else each
+            for each in drafters
+        ],
         speculation=speculation,
         config=EngineConfig(
             max_num_seqs=256, max_num_batched_tokens=8192, block_size=32, seed=engine_seed
         ),
         num_blocks=num_blocks,
     )
-    sequences = engine.add("law", PROMPT, params)
+    sequences = engine.add("law", prompt, params)
     while engine.has_work:
         engine.step()
     counts = Counter(tuple(sequence.output.token_ids[:2]) for sequence in sequences)
     if drafters:  # the trees were of use, and not always
         accepted = sum(sequence.stats.num_accepted for sequence in sequences)
         assert 0.1 * num_runs < accepted < 1.99 * num_runs
-    return g_test(counts, pair_law(params))
+    return g_test(counts, pair_law(params, prompt))
 
 
 VERIFIERS: tuple[VerifierName, ...] = ("match", "topdown", "traversal")
@@ -139,8 +148,30 @@ def law_family(num_runs: int) -> dict[str, float]:
         "seeded": (Speculation(tree="2,2"), {"seed": 5, "temperature": 1.3}),
         "hot drafter": (Speculation(tree="3,1", draft_temperature=2.0), {}),
     }
+    grown: dict[str, tuple[Speculation, dict[str, Any]]] = {
+        "calibrated": (Speculation(tree="calibrated", max_nodes=4), {}),
+        "calibrated, topdown": (
+            Speculation(tree="calibrated", max_nodes=5, verifier="topdown"),
+            {"drafters": (FIRST, SECOND)},
+        ),
+        "best-first": (Speculation(tree="best-first", max_nodes=4), {"temperature": 1.2}),
+        "best-first, picked": (Speculation(tree="best-first", max_nodes=4, draw="pick"), {}),
+        "sequoia": (Speculation(tree="sequoia", max_nodes=4), {}),
+        "n-gram and model": (
+            Speculation(tree="calibrated", max_nodes=4),
+            {"drafters": (NgramDrafter(), FIRST), "prompt": REPEATING},
+        ),
+        "a prediction": (
+            Speculation(tree="calibrated", max_nodes=4),
+            {"prediction": [2, 3, 2, 3]},
+        ),
+        "kseq, paths": (Speculation(tree="2x2", verifier="kseq"), {}),
+        "gbv, paths": (Speculation(tree="2x2", verifier="gbv"), {}),
+    }
     for name, (speculation, options) in special.items():
         chances[name] = chance_of(speculation, num_runs=num_runs, **options)
+    for name, (speculation, options) in grown.items():
+        chances[name] = chance_of(speculation, num_runs=num_runs // 2, **options)
     return chances
 
 

@@ -29,18 +29,27 @@ def builder_for(tree: str, calibration: Calibration) -> Builder:
 
 
 class SequoiaBuilder:
-    """Sequoia's trees: per regime, the best shape for the acceptance by place seen so far.
-
-    draft_s   seconds per level, target_s [tokens + 1] seconds per step by number of tokens: where
-              they are set, the size too is the one with the least time per token
-    """
+    """Sequoia's trees: per regime, the best shape for the acceptance by place seen so far."""
 
     def __init__(self, calibration: Calibration) -> None:
-        self.draft_s = 0.0
-        self.target_s: npt.NDArray[np.float64] | None = None
         self._calibration = calibration
+        self._draft_s = 0.0
+        self._target_s: npt.NDArray[np.float64] | None = None
+        self._num_spans = 0
         self._builders: dict[tuple[Regime, int, int], ShapeBuilder] = {}
         self._age = 0
+
+    def set_times(self, draft_s: float, target_s: npt.NDArray[np.float64], num_spans: int) -> None:
+        """Take the size too from here: that with the least time per token.
+
+        draft_s    seconds per level
+        target_s   [nodes + 2] seconds of a step by tokens per request, the root's included
+        num_spans  requests in the step: another number asks for other shapes
+        """
+        self._draft_s, self._target_s = draft_s, target_s
+        if num_spans != self._num_spans:
+            self._builders.clear()
+            self._num_spans = num_spans
 
     def grow(self, growths: Sequence[Growth], drafters: Sequence[Drafter]) -> list[Grown]:
         """See `Builder.grow`."""
@@ -62,6 +71,6 @@ class SequoiaBuilder:
 
     def _shape(self, regime: Regime, num_nodes: int, depth: int) -> TreeShape:
         table = best_shapes(self._calibration.places(regime), num_nodes, depth)
-        if self.target_s is not None:
-            num_nodes, depth = table.fastest(self.draft_s, self.target_s)
+        if self._target_s is not None:
+            num_nodes, depth = table.fastest(self._draft_s, self._target_s)
         return table.shape(num_nodes, depth)

@@ -247,7 +247,7 @@ class Drawing:
         place.seen = (*place.seen, token)
         for each in place.laws.values():
             each.strike(token)
-        rate = self._values.after_one(source, growth.regime, rank, after)
+        rate = self._values.after_one(source, growth, rank, after)
         tree.reach[child] = place.reach * rate
         place.reach *= 1.0 - rate
 
@@ -260,11 +260,11 @@ class Drawing:
         seen, offers = set(place.seen), []
         for source, law in place.laws.items():
             if (largest := law.largest(place.seen)) > 0:
-                rate = self._values.before_one(source, growth.regime, rank, largest)
+                rate = self._values.before_one(source, growth, rank, largest)
                 offers.append((rate, source))
         for queue in place.queues:
             if (offer := queue.next(seen)) is not None:
-                rate = self._values.after_one(queue.source, growth.regime, rank, offer[1])
+                rate = self._values.after_one(queue.source, growth, rank, offer[1])
                 offers.append((rate, queue.source))
         if not offers:
             return

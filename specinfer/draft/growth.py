@@ -16,7 +16,7 @@ from torch import Tensor
 from specinfer.cache.blocks import Pages
 from specinfer.config import Draw
 from specinfer.draft.base import Draft, Drafter, Pick
-from specinfer.draft.calibration import Features, Regime
+from specinfer.draft.calibration import Features, Fortune, Regime
 from specinfer.request import SamplingParams
 from specinfer.sampling import RowFilters, SeededNoise, target_laws
 from specinfer.tree import TokenTree
@@ -36,6 +36,7 @@ class Growth:
     max_nodes   distinct drafted nodes at most, without the root
     max_depth   deepest node at most
     urgency     what a token is worth to this request, against 1 for the others
+    fortunes    per drafter, how its drafts for this request fared against its table
     """
 
     key: int
@@ -52,6 +53,12 @@ class Growth:
     prediction: Sequence[int] = ()
     num_prompt: int | None = None
     urgency: float = 1.0
+    fortunes: Mapping[int, Fortune] = field(default_factory=dict)
+
+    def odds(self, source: int) -> float:
+        """By what a drafter's odds of acceptance are multiplied for this request."""
+        fortune = self.fortunes.get(source)
+        return 1.0 if fortune is None else fortune.odds
 
     def draft(self, tree: TokenTree) -> Draft:
         """This request for drafters that grow this tree."""

@@ -118,7 +118,8 @@ class Picking:
         order = _best_of_each(request, worth, self._max_nodes)
         order = order[np.argsort(-worth[order], kind="stable")]
         if self._prices is not None:
-            totals = self._prices.totals[num_others:]
+            totals = self._prices.totals
+            totals = totals[min(num_others, len(totals) - 1) :]
             order = order[: max(0, len(totals) - 1)]
             gains = np.concatenate(([0.0], np.cumsum(worth[order])))
             order = order[: int((gains - totals[: len(gains)]).argmax())]
@@ -175,13 +176,16 @@ class Picking:
         tokens, probabilities = likeliest(laws, width)
         probabilities = probabilities.astype(np.float64)
         left = 1.0 - np.cumsum(probabilities, -1) + probabilities
-        shares = probabilities / np.maximum(left, probabilities)
+        shares = np.zeros_like(probabilities)  # what a law cannot draw has no share of nothing
+        np.divide(
+            probabilities, np.maximum(left, probabilities), out=shares, where=probabilities > 0
+        )
         ranks: Integers = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         rates = np.empty_like(shares)
-        regimes = [self._growths[i].regime for i in request.tolist()]
-        for regime in set(regimes):
-            own = [row for row, each in enumerate(regimes) if each == regime]
-            rates[own] = self._values.after(source, regime, ranks[own], shares[own])
+        for index in set(request.tolist()):
+            own = np.flatnonzero(request == index)
+            growth = self._growths[index]
+            rates[own] = self._values.after(source, growth, ranks[own], shares[own])
         rates = np.where(probabilities > 0, rates, 0.0)
         missed = np.ones_like(rates)
         np.cumprod(1.0 - rates[:, :-1], -1, out=missed[:, 1:])
@@ -210,7 +214,7 @@ class Picking:
                 offers = []
                 for queue in queues:
                     if (offer := queue.next(seen)) is not None:
-                        rate = self._values.after_one(queue.source, growth.regime, rank, offer[1])
+                        rate = self._values.after_one(queue.source, growth, rank, offer[1])
                         offers.append((rate, *offer, queue.source))
                 if not offers or value < LEAST:
                     break

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specinfer.draft.base import Draft, Drafter, Pick
-from specinfer.draft.calibration import Calibration, Regime
+from specinfer.draft.calibration import Calibration
 from specinfer.draft.growth import Growth, Guesses, guess, likeliest
 
 Numbers = npt.NDArray[np.float64]
@@ -52,27 +52,27 @@ class Values:
         self._names = [drafter.name for drafter in drafters]
 
     def after(
-        self, source: int, regime: Regime, ranks: Integers, probabilities: Numbers
+        self, source: int, growth: Growth, ranks: Integers, probabilities: Numbers
     ) -> Numbers:
         """By the probability of the tokens themselves; [...] each."""
         if self._calibration is None:
             return probabilities
-        table = self._calibration.table(self._names[source], regime)
-        return table.after.along(ranks, probabilities)
+        table = self._calibration.table(self._names[source], growth.regime)
+        return _favoured(table.after.along(ranks, probabilities), growth.odds(source))
 
-    def after_one(self, source: int, regime: Regime, rank: int, probability: float) -> float:
+    def after_one(self, source: int, growth: Growth, rank: int, probability: float) -> float:
         """The same for one slot."""
         if self._calibration is None:
             return min(1.0, probability)
-        table = self._calibration.table(self._names[source], regime)
-        return table.after.at(rank, probability)
+        table = self._calibration.table(self._names[source], growth.regime)
+        return _favoured_one(table.after.at(rank, probability), growth.odds(source))
 
-    def before_one(self, source: int, regime: Regime, rank: int, largest: float) -> float:
+    def before_one(self, source: int, growth: Growth, rank: int, largest: float) -> float:
         """Before the draw: by the largest probability of the law."""
         if self._calibration is None:
             return min(1.0, largest)
-        table = self._calibration.table(self._names[source], regime)
-        return table.before.at(rank, largest)
+        table = self._calibration.table(self._names[source], growth.regime)
+        return _favoured_one(table.before.at(rank, largest), growth.odds(source))
 
     def gains(self, source: int, growth: Growth, reaches: Numbers, price: float) -> Numbers:
         """What expanding nodes is expected to bring: their first slots' value above the price.
@@ -84,8 +84,18 @@ class Values:
         table = self._calibration.table(self._names[source], growth.regime)
         curves = table.after if growth.draw == "pick" else table.before
         shares, rates = curves.first_slots
+        rates = _favoured(rates, growth.odds(source))
         worth: Numbers = np.maximum(0.0, reaches[:, None] * rates - price) @ shares
         return worth
+
+
+def _favoured(rates: Numbers, odds: float) -> Numbers:
+    """Rates whose odds are multiplied."""
+    return rates if odds == 1.0 else rates * odds / (1.0 - rates + rates * odds)
+
+
+def _favoured_one(rate: float, odds: float) -> float:
+    return rate * odds / (1.0 - rate + rate * odds)
 
 
 @dataclass(frozen=True, slots=True)

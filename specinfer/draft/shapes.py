@@ -4,7 +4,7 @@ Each drafter draws its full shape level by level, one batched pass per level for
 trees of several drafters are merged after the fact (SpecInfer §3).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -274,19 +274,14 @@ class ShapeTable:
     _choice: npt.NDArray[np.int32]
     _widest: npt.NDArray[np.int32]
 
-    def fastest(
-        self, draft_s: float, target_s: Callable[[int], float] | npt.NDArray[np.float64]
-    ) -> tuple[int, int]:
+    def fastest(self, draft_s: float, target_s: npt.NDArray[np.float64]) -> tuple[int, int]:
         """(nodes, depth) with the least time per token; (0, 0) where no tree is worth its time.
 
         draft_s   seconds per level
-        target_s  seconds of a step by number of tokens, the root's included: [nodes + 2]
+        target_s  [nodes + 2] seconds of a step by number of tokens, the root's included
         """
         depths, nodes = self.sizes.shape
-        times = (
-            np.array([target_s(n) for n in range(nodes + 1)]) if callable(target_s) else target_s
-        )
-        seconds = np.arange(depths)[:, None] * draft_s + times[None, 1 : nodes + 1]
+        seconds = np.arange(depths)[:, None] * draft_s + target_s[None, 1 : nodes + 1]
         per_token = seconds / self.sizes
         depth, num = np.unravel_index(int(per_token.argmin()), per_token.shape)
         return int(num), int(depth)

@@ -124,6 +124,17 @@ class Controller:
             rounds = [_PROBE_DISCOUNT * each for each in rounds]
         return Prices(slopes, totals, rounds)
 
+    def level_times(self, num_spans: int, max_nodes: int) -> tuple[float, npt.NDArray[np.float64]]:
+        """What Sequoia's programme weighs: seconds per level of the first drafter, and per step.
+
+        returns  the second [max_nodes + 2] by tokens of each of num_spans sequences
+        """
+        table = self.target.table(_round_up((max_nodes + 2) * num_spans), num_spans)
+        drafter = self.drafters[0]
+        draft_s = _FREE_PASS_S if drafter is None else _seconds(drafter, num_spans, num_spans)
+        per_sequence = np.arange(max_nodes + 2) * num_spans
+        return draft_s + self._host_s[3], table[per_sequence]
+
     def goodput(self, num_tokens: int, num_spans: int) -> float:
         """λ, tokens per second: what steps of this size brought, at least what plain ones do."""
         plain = num_spans / self._step_s(num_tokens, num_spans, 0, ())

@@ -14,8 +14,8 @@ from specinfer.baselines import verify_gbv, verify_kseq
 from specinfer.cache.blocks import BlockAllocator
 from specinfer.config import IID_VERIFIERS, EngineConfig, Speculation
 from specinfer.draft.base import Drafter
-from specinfer.draft.builders import builder_for
-from specinfer.draft.calibration import Calibration
+from specinfer.draft.builders import SequoiaBuilder, builder_for
+from specinfer.draft.calibration import Calibration, Fortune
 from specinfer.draft.growth import Builder, Grown, Growth
 from specinfer.draft.heap import HeapBuilder
 from specinfer.draft.model import ModelDrafter
@@ -109,7 +109,7 @@ class Engine:
         self._chains: dict[Speculation, ChainController] = {}
         self._choices: dict[tuple[int, ...], Arm] = {}
         self.calibration = calibration or Calibration()
-        self._builders: dict[str, Builder] = {}
+        self._builders: dict[tuple[str, bool], Builder] = {}
         self.stats = EngineStats()
         self._num_drafters = len(drafters)
         # What requests predict themselves is one more source, of those that do.
@@ -325,7 +325,7 @@ class Engine:
 
     def _draft(self, jobs: ListLike[Job]) -> list[_Work]:
         works = [_Work(job, TokenTree(job.sequence.tokens[-1])) for job in jobs]
-        groups: dict[str, list[tuple[_Work, Growth]]] = {}
+        groups: dict[tuple[str, bool], list[tuple[_Work, Growth]]] = {}
         rests = self.controller is not None and self.controller.rests(len(jobs))
         for work in works:
             if rests and self._may_rest(work.job.sequence):
@@ -333,24 +333,37 @@ class Engine:
             growth = self._growth(work.job, len(jobs))
             if growth is not None:
                 work.sources = growth.sources
-                tree = work.job.sequence.speculation.tree
-                groups.setdefault(tree, []).append((work, growth))
-        for tree, members in groups.items():
-            builder = self._builder(tree)
-            if tree == "auto" and self.controller is not None:
-                assert isinstance(builder, HeapBuilder)
-                stop = 1 + sum(growth.max_nodes for _, growth in members)
-                num_tokens = sum(job.num_tokens for job in jobs)
-                builder.prices = self.controller.prices(num_tokens, len(jobs), stop)
-            grown = builder.grow([growth for _, growth in members], self.drafters)
+                asked = work.job.sequence.speculation
+                kind = asked.tree, asked.needs_times and self.controller is not None
+                groups.setdefault(kind, []).append((work, growth))
+        for kind, members in groups.items():
+            growths = [growth for _, growth in members]
+            grown = self._builder(kind, jobs, growths).grow(growths, self.drafters)
             for (work, _), each in zip(members, grown, strict=True):
                 work.tree, work.grown = each.tree, each
         return works
 
-    def _builder(self, tree: str) -> Builder:
-        if tree not in self._builders:
-            self._builders[tree] = builder_for(tree, self.calibration)
-        return self._builders[tree]
+    def _builder(
+        self, kind: tuple[str, bool], jobs: ListLike[Job], growths: ListLike[Growth]
+    ) -> Builder:
+        """What grows these trees; where times set their size, at this step's prices.
+
+        kind  the tree's name, and whether times set its size
+        """
+        tree, is_sized = kind
+        if kind not in self._builders:
+            self._builders[kind] = builder_for(tree, self.calibration)
+        builder = self._builders[kind]
+        if is_sized:
+            assert self.controller is not None
+            if isinstance(builder, HeapBuilder):
+                num_tokens = sum(job.num_tokens for job in jobs)
+                stop = 1 + sum(growth.max_nodes for growth in growths)
+                builder.prices = self.controller.prices(num_tokens, len(jobs), stop)
+            elif isinstance(builder, SequoiaBuilder):
+                most = max(growth.max_nodes for growth in growths)
+                builder.set_times(*self.controller.level_times(len(jobs), most), len(jobs))
+        return builder
 
     def _growth(self, job: Job, num_spans: int) -> Growth | None:
         """What a sequence's tree may be; None where there can be none."""
@@ -382,6 +395,7 @@ class Engine:
             prediction=sequence.prediction,
             num_prompt=sequence.num_prompt,
             urgency=self._urgency(sequence, num_spans),
+            fortunes=sequence.fortunes,
         )
 
     def _may_rest(self, sequence: Sequence) -> bool:
@@ -533,8 +547,9 @@ class Engine:
             place = tree.slots_of[slot.parent].index(slot_id)
             self.calibration.record_place(regime, place, accepted)
             if slot_id in grown.features:
-                name = self.drafters[slot.source].name
-                self.calibration.record(name, regime, grown.features[slot_id], accepted)
+                name, features = self.drafters[slot.source].name, grown.features[slot_id]
+                fortune = sequence.fortunes.setdefault(slot.source, Fortune())
+                self.calibration.record(name, regime, features, accepted, fortune)
 
     def _count(self, work: _Work, emitted_path: ListLike[int]) -> None:
         stats, tree = work.job.sequence.stats, work.tree

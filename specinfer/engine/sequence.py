@@ -7,7 +7,7 @@ import numpy as np
 
 from specinfer.cache.blocks import Pages
 from specinfer.config import IID_VERIFIERS, Draw, Speculation, VerifierName
-from specinfer.draft.calibration import COLDEST_DRAW, Regime, regime_of
+from specinfer.draft.calibration import COLDEST_DRAW, Fortune, Regime, regime_of
 from specinfer.engine.controller import DrafterChoice
 from specinfer.request import CompletionOutput, RequestStats, SamplingParams
 from specinfer.sampling import SeededNoise, request_generator
@@ -52,6 +52,7 @@ class Sequence:
         self.num_prompt = len(self.tokens)
         self.num_computed = 0
         self.first_s: float | None = None
+        self.fortunes: dict[int, Fortune] = {}
         self.choice: DrafterChoice | None = None
         self.pages: Pages | None = None
         self.output = CompletionOutput(index)
