@@ -147,6 +147,8 @@ def test_vllms_ngrams() -> None:
 def test_only_some_speculation_needs_times() -> None:
     assert Speculation().needs_times
     assert Speculation(tree="1,1", control="smartspec").needs_times
+    assert Speculation(tree="sequoia").needs_times
+    assert not Speculation(tree="sequoia", max_nodes=8).needs_times
     for other in ({"tree": "off"}, {"tree": "calibrated"}, {"tree": "1", "control": "gammatune"}):
         assert not Speculation(**other).needs_times  # type: ignore[arg-type]
 
