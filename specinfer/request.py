@@ -119,6 +119,10 @@ class SamplingParams:
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         if not isinstance(stops, Iterable) or not all(isinstance(stop, str) for stop in stops):
             raise ConfigError(f"stop={self.stop!r} must be a string or a list of strings")
+        if not isinstance(self.prediction, str | Sequence | None):
+            raise ConfigError(
+                f"prediction={self.prediction!r} must be a text or a list of token ids"
+            )
         if not isinstance(self.prediction, str):
             for token in self.prediction or ():
                 check_integer("prediction: token id", token, least=0)
@@ -130,6 +134,11 @@ class SamplingParams:
         """`speculation` as a value; None: the engine's."""
         if self.speculation is None or isinstance(self.speculation, Speculation):
             return self.speculation
+        if not isinstance(self.speculation, Mapping):
+            raise ConfigError(
+                f"speculation={self.speculation!r} must be a Speculation or its fields, such as "
+                '{"tree": "off"}'
+            )
         return read_speculation(self.speculation)
 
     @property

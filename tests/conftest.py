@@ -9,6 +9,7 @@ import pytest
 
 from specinfer.engine import build
 from specinfer.engine.times import StepTimes
+from tests.engines import Told
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,4 +30,5 @@ def step_times(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         cache: Path = tmp_path_factory.mktemp("cache")
         patch.setenv("SPECINFER_CACHE", str(cache))
         patch.setattr(build, "measure_models", told)
+        patch.setattr(build, "Controller", Told)  # nor do they learn from the clock
         yield

@@ -13,6 +13,7 @@ from specinfer.cache.blocks import BlockAllocator, Pages
 from specinfer.config import EngineConfig, Speculation
 from specinfer.draft.base import Draft, Drafter
 from specinfer.draft.model import ModelDrafter
+from specinfer.engine.controller import Controller, StepLoad
 from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence as EngineSequence
 from specinfer.models.architecture import read_architecture
@@ -58,6 +59,7 @@ def toy_engine(
     config: EngineConfig | None = None,
     max_model_len: int = 48,
     eos_token_ids: Sequence[int] = (),
+    **options: Any,
 ) -> Engine:
     """An engine over a toy target."""
     config = config or EngineConfig(block_size=4)
@@ -69,6 +71,7 @@ def toy_engine(
         config=config,
         speculation=speculation or Speculation(),
         max_model_len=max_model_len,
+        **options,
     )
 
 
@@ -165,6 +168,16 @@ class ScriptedDrafter:
 
     def drop(self, key: int) -> None:
         self.dropped.append(key)
+
+
+class Told(Controller):
+    """One to whom every step takes exactly what it was expected to take."""
+
+    def observe(self, load: StepLoad, *, decoding_only: bool) -> None:
+        load.target_s = self.target.seconds(load.num_tokens, load.num_spans)
+        load.passes = [one._replace(seconds=self.pass_s(one)) for one in load.passes]
+        load.host_s = 1e-4
+        super().observe(load, decoding_only=decoding_only)
 
 
 def free_blocks(engine: Engine) -> int:

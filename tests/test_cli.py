@@ -80,6 +80,7 @@ def test_every_built_field_is_a_flag_with_help(monkeypatch: pytest.MonkeyPatch) 
             assert read_help(group).get(field.name), f"{group.__name__}.{field.name} has no help"
     for name in UNBUILT_FIELDS:
         assert f"--{name.replace('_', '-')}" not in text
+    assert "--speculation " not in text, "a command line has one request: its parts are flags"
 
 
 def test_flags_become_the_dataclasses() -> None:
@@ -145,6 +146,94 @@ def test_generate_prints_stats() -> None:
     assert "1:" in next(line for line in result.stderr.splitlines() if "by depth" in line)
     for part in ("zoo:parley-draft", "draft", "target", "verify", "commit", "other", "tokens/s"):
         assert part in result.stderr
+
+
+@pytest.mark.usefixtures("loaded")
+def test_generate_prints_the_latency_goal() -> None:
+    """Only where there is one; a text of one token has no pace."""
+
+    def goal(*args: str) -> str:
+        lines = run("generate", *args, "--stats").stderr.splitlines()
+        return next((line.strip() for line in lines if line.lstrip().startswith("goal")), "")
+
+    assert goal(*STORY) == ""
+    assert goal("Hi", "--max-tokens", "1", "--target-tpot-s", "1") == ""
+    met = goal(*STORY, "--target-tpot-s", "1000")
+    assert met.startswith("goal  met: ")
+    assert met.endswith(" ms per token (asked for 1000000.0)")
+    assert goal(*STORY, "--target-tpot-s", "1e-9").startswith("goal  missed: ")
+    several = goal(*STORY, "--n", "2", "--target-tpot-s", "1000")
+    assert several.startswith("goal  met by 2 of 2: at most ")
+
+
+@pytest.mark.usefixtures("loaded")
+def test_generate_takes_a_prediction() -> None:
+    plain = run("generate", *STORY, "--tree", "off")
+    result = run("generate", *STORY, "--json", "--prediction", plain.stdout.strip())
+    found = json.loads(result.stdout)
+    assert found["outputs"][0]["text"] + "\n" == plain.stdout
+    assert found["stats"]["accepted_by_source"]["prediction"] > 8
+    assert found["time"]["num_goals"] == 0
+    listed = run("generate", *STORY, "--stats", "--prediction", plain.stdout.strip()).stderr
+    assert any("by source  prediction" in line for line in listed.splitlines())
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--tree", "auto"),
+        ("--tree", "sequoia"),
+        ("--tree", "4x8"),
+        ("--tree", "calibrated", "--max-nodes", "12"),
+        ("--tree", "1,1,1,1", "--control", "gammatune"),
+        ("--tree", "1,1,1,1", "--control", "smartspec"),
+    ],
+    ids=" ".join,
+)
+def test_every_way_of_speculating_writes_the_same(flags: tuple[str, ...]) -> None:
+    found = json.loads(run("generate", *STORY, *flags, "--json").stdout)
+    assert found["outputs"][0]["text"] + "\n" == run("generate", *STORY, "--tree", "off").stdout
+    assert found["stats"]["num_accepted"] > 0
+
+
+SMALL = ("--model", "zoo:parley-draft", "--dtype", "float32", "--temperature", "0")
+
+
+def test_calibration_is_read_and_written(tmp_path: Path) -> None:
+    file = tmp_path / "learnt.json"
+    flags = (*SMALL, "--max-tokens", "16", "--drafter", "ngram", "--tree", "calibrated")
+    flags += ("--calibration", str(file))
+    first = run("generate", "One day One day One day", *flags)
+    assert first.exit_code == 0, first.output
+    before = json.loads(file.read_text())
+    assert [table["drafter"] for table in before["tables"]] == ["ngram"]
+    second = run("generate", "One day One day One day", *flags)
+    assert second.stdout == first.stdout
+
+    def num_trials(content: dict[str, Any]) -> float:
+        return sum(map(sum, content["tables"][0]["after"]["trials"]))
+
+    after = json.loads(file.read_text())
+    assert num_trials(after) > num_trials(before)
+    assert [each.name for each in tmp_path.iterdir()] == ["learnt.json"]
+    run("tree", "One day One day One day", "--steps", "16", *flags)
+    assert num_trials(json.loads(file.read_text())) > num_trials(after)
+    file.write_text("{")
+    refuses(run("generate", "Hi", *flags), [str(file), "cannot be read"])
+    refuses(run("generate", "Hi", *flags[:-1], str(tmp_path / "no" / "file")), ["no/file"])
+
+
+def test_vllms_ngrams_from_end_to_end() -> None:
+    config = json.dumps({"method": "ngram", "num_speculative_tokens": 4})
+    prompt = "One day One day One day One"
+    flags = (*SMALL, "--max-tokens", "16", "--json")
+    found = json.loads(run("generate", prompt, *flags, "--speculative-config", config).stdout)
+    plain = json.loads(run("generate", prompt, *flags).stdout)
+    assert found["outputs"] == plain["outputs"]
+    assert found["stats"]["num_drafted"] > 0
+    assert len(found["stats"]["accepted_by_depth"]) <= 4
+    assert set(found["stats"]["accepted_by_source"]) <= {"ngram"}
 
 
 @pytest.mark.usefixtures("loaded")
@@ -296,8 +385,11 @@ def test_bench_latency_compares(tmp_path: Path) -> None:
     assert found["systems"]["plain"]["tokens_per_step"] == 1.0
     assert found["systems"]["tree"]["tokens_per_step"] > 1.0
     assert len(found["systems"]["tree"]["runs"]) == 4
+    assert "tree 1,1" in result.stdout
     printed = run("bench", "latency", "Hi", *flags, "--json", "-")
     assert json.loads(printed.stdout)["prompts"] == ["Hi"]
+    default = run("bench", "latency", "Hi", *flags[:4])
+    assert "tree auto" in default.stdout
 
 
 def test_models_lists_the_zoo() -> None:

@@ -124,6 +124,13 @@ def test_a_drafter_with_another_vocabulary(tmp_path: Path) -> None:
         (["Hi", "--n", "0"], ["n=0", "at least 1"]),
         (["Hi", "--tree", "1,0,x"], ["tree='1,0,x'", "widths"]),
         (["Hi", "--tree", "bonsai"], ["bonsai", "sequoia", "calibrated"]),
+        (["Hi", "--control", "gammatune"], ["control='gammatune'", 'tree="1,1,1,1"']),
+        (["Hi", "--target-tpot-s", "0"], ["target_tpot_s=0.0", "above 0"]),
+        (["Hi", "--calibration", "/no/such/file"], ["/no/such/file", "folder that exists"]),
+        (
+            ["Hi", "--drafter", "ngram", "--tree", "1,1", "--control", "smartspec"],
+            ["smartspec", "model as the first drafter"],
+        ),
         (["Hi", "--verifier", "wrong"], ["verifier='wrong'", "topdown"]),
         (["Hi", "--kv-cache-memory", "1000"], ["kv_cache_memory=1000", "at least", "bytes"]),
         (["Hi", "--max-model-len", "5000"], ["max_model_len=5000", "2048"]),

@@ -11,9 +11,11 @@ from specinfer.config import (
     Speculation,
     count_nodes,
     parse_tree,
+    read_speculation,
     read_speculative_config,
 )
 from specinfer.errors import ConfigError
+from specinfer.request import SamplingParams
 
 
 def test_a_shape_counts_its_nodes() -> None:
@@ -44,6 +46,8 @@ def test_a_malformed_shape(tree: str) -> None:
         ({"tree": "calibrated", "draw": "iid"}, "draws without replacement"),
         ({"tree": "auto", "verifier": "gbv"}, "needs independent draws"),
         ({"tree": "4x2", "verifier": "kseq", "draw": "pick"}, 'needs draw="iid"'),
+        ({"control": "wrong"}, "use one of auto, gammatune, smartspec"),
+        ({"control": "gammatune", "tree": "2,1"}, "sets the length of a chain"),
         ({"draft_temperature": 0.0}, "draft_temperature=0.0 must be above 0"),
     ],
 )
@@ -138,3 +142,24 @@ def test_vllms_ngrams() -> None:
     assert read_speculative_config(text) == (["ngram"], Speculation(tree="1,1,1"))
     with pytest.raises(ConfigError, match="n-grams need none"):
         read_speculative_config('{"method": "ngram", "model": "x", "num_speculative_tokens": 3}')
+
+
+def test_only_some_speculation_needs_times() -> None:
+    assert Speculation().needs_times
+    assert Speculation(tree="1,1", control="smartspec").needs_times
+    assert Speculation(tree="sequoia").needs_times
+    assert not Speculation(tree="sequoia", max_nodes=8).needs_times
+    for other in ({"tree": "off"}, {"tree": "calibrated"}, {"tree": "1", "control": "gammatune"}):
+        assert not Speculation(**other).needs_times  # type: ignore[arg-type]
+
+
+def test_a_requests_speculation_is_a_value_or_its_fields() -> None:
+    assert SamplingParams().own_speculation is None
+    value = Speculation(tree="off")
+    assert SamplingParams(speculation=value).own_speculation is value
+    assert SamplingParams(speculation={"tree": "off"}).own_speculation == value
+    assert read_speculation({}) == Speculation()
+    with pytest.raises(ConfigError, match="speculation has no 'trees': known are tree, verifier"):
+        SamplingParams(speculation={"trees": "off"})
+    with pytest.raises(ConfigError, match="must be a Speculation or its fields"):
+        SamplingParams(speculation="off")  # type: ignore[arg-type]

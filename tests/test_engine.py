@@ -1,6 +1,7 @@
 """The engine on toy models: every branch can be accepted, and nothing is left behind."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,19 @@ import pytest
 import torch
 
 from specinfer.config import PAPER_TREE, EngineConfig, Speculation, VerifierName
+from specinfer.draft.ngram import NgramDrafter
+from specinfer.engine.controller import Controller
 from specinfer.engine.engine import Engine
+from specinfer.engine.measure import Report
 from specinfer.engine.sequence import Sequence
-from specinfer.errors import CapacityError, RequestError
+from specinfer.engine.times import StepTimes
+from specinfer.errors import CapacityError, ConfigError, RequestError
 from specinfer.models.decoder import Decoder
 from specinfer.request import SamplingParams
+from specinfer.tree import TokenTree
 from tests.engines import (
     ScriptedDrafter,
+    Told,
     finish,
     free_blocks,
     fresh_keys_and_values,
@@ -419,3 +426,362 @@ def test_a_sequence_may_fill_the_context(target: Decoder) -> None:
     assert [len(sequence.tokens) for sequence in tree] == [20, 20, 20]
     assert outputs_of(plain) == outputs_of(tree)
     assert all(sequence.output.finish_reason == "length" for sequence in tree)
+
+
+# --- how much is speculated -----------------------------------------------------------------------
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
+SHORT = EngineConfig(block_size=4, max_num_seqs=8)
+
+
+def times(token_s: float, first_s: float = 1e-2) -> StepTimes:
+    """A step of one token takes `first_s`, every further one adds `token_s`."""
+    sizes = [1, 8, 64, 512]
+    return StepTimes(sizes, [first_s + token_s * (size - 1) for size in sizes])
+
+
+def measured(token_s: float, *drafter_s: float | None) -> Callable[[Report | None], Controller]:
+    """Measures nothing: a target as in `times`, and drafters with so long a pass."""
+
+    def measure(report: Report | None) -> Controller:
+        drafters = [None if each is None else times(0.0, each) for each in drafter_s]
+        return Told(times(token_s), [*drafters, None])
+
+    return measure
+
+
+@pytest.fixture(scope="module")
+def plain(target: Decoder) -> list[Sequence]:
+    """Eight greedy texts."""
+    return run(toy_engine(target, num_blocks=400), random_prompts(8), [GREEDY] * 8)
+
+
+def num_drafted(sequences: list[Sequence]) -> int:
+    return sum(sequence.stats.num_drafted for sequence in sequences)
+
+
+def test_auto_drafts_nothing_where_nodes_are_dear_and_much_where_they_are_not(
+    target: Decoder, plain: list[Sequence]
+) -> None:
+    drafted = {}
+    for token_s in (0.0, 2e-3, 1.0):
+        engine = engine_with(
+            target, target, config=SHORT, measure=measured(token_s, 1e-4), num_blocks=800
+        )
+        # The first step computes prompts, so that a token is cheaper than it will be.
+        prompts = [[1, *sequence.tokens[:-24]] for sequence in plain]
+        sequences = run(engine, prompts, [GREEDY] * 8)
+        assert outputs_of(sequences) == outputs_of(
+            run(toy_engine(target, num_blocks=400), prompts, [GREEDY] * 8)
+        )
+        drafted[token_s] = num_drafted(sequences)
+    assert drafted[0.0] > drafted[2e-3] > 0
+    assert drafted[1.0] == 0
+    assert all(s.stats.tokens_per_step == 1.0 for s in sequences)
+
+
+def test_every_request_may_speculate_in_its_own_way(
+    target: Decoder, other: Decoder, plain: list[Sequence]
+) -> None:
+    ways: list[Any] = [
+        None,
+        {"tree": "off"},
+        {"tree": "2,2"},
+        {"tree": "4x3"},
+        {"tree": "calibrated", "max_nodes": 7},
+        {"tree": "best-first", "max_depth": 2},
+        Speculation(tree="sequoia"),
+        {"tree": "1,1,1,1", "control": "gammatune"},
+    ]
+    params = [SamplingParams(max_tokens=24, temperature=0.0, speculation=way) for way in ways]
+    engine = engine_with(target, other, config=SHORT, num_blocks=1000, measure=measured(1e-5, 1e-4))
+    sequences = [
+        s for n, p in enumerate(random_prompts(8)) for s in engine.add(str(n), p, params[n])
+    ]
+    trees: dict[int, list[TokenTree]] = {}
+    while engine.has_work:
+        for trace in engine.step():
+            trees.setdefault(trace.sequence.number, []).append(trace.tree)
+    assert outputs_of(sequences) == outputs_of(plain)
+    assert free_blocks(engine) == 1000
+    for number, most, deepest in ((1, 0, 0), (2, 6, 2), (3, 12, 3), (4, 7, 16), (5, 32, 2)):
+        assert max(tree.num_drafted for tree in trees[number]) <= most
+        assert max(max(tree.depths) for tree in trees[number]) <= deepest
+    assert all(num_drafted([s]) > 0 for s in (sequences[0], *sequences[2:]))
+    own = SamplingParams(max_tokens=4, speculation={"tree": "40,40"})
+    with pytest.raises(CapacityError, match="a tree of 1640 nodes"):
+        engine_with(target, other, num_blocks=100).add("big", [1], own)
+    with pytest.raises(ConfigError, match="needs a drafter"):
+        toy_engine(target).add("none", [1], own)
+
+
+# --- predictions ----------------------------------------------------------------------------------
+
+
+def predicted(prediction: list[int], **changes: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=24, temperature=0.0, prediction=prediction, **changes)
+
+
+@pytest.mark.parametrize("with_drafter", [False, True])
+def test_a_true_prediction_gives_many_tokens_and_a_false_one_none(
+    target: Decoder, other: Decoder, plain: list[Sequence], with_drafter: bool
+) -> None:
+    drafters = [other] if with_drafter else []
+    measure = measured(1e-5, *[1e-4] * with_drafter)
+    engine = engine_with(target, *drafters, config=SHORT, measure=measure, num_blocks=800)
+    answers = [sequence.output.token_ids for sequence in plain]
+    right = run(engine, random_prompts(8), [predicted(answer) for answer in answers])
+    assert outputs_of(right) == outputs_of(plain)
+    assert max(sequence.stats.num_target_steps for sequence in right) <= 7
+    assert sum(s.stats.accepted_by_source.get("prediction", 0) for s in right) > 40
+    wrong = run(engine, random_prompts(8), [predicted([23] * 24)] * 8)
+    assert outputs_of(wrong) == outputs_of(plain)
+    if not with_drafter:
+        assert min(sequence.stats.tokens_per_step for sequence in right) > 3
+
+
+def test_a_prediction_begins_with_the_first_token_of_the_output(
+    target: Decoder, plain: list[Sequence]
+) -> None:
+    """A chain of 5 follows a true prediction without ever losing its place."""
+    engine = toy_engine(target, num_blocks=400)
+    answer = plain[0].output.token_ids
+    (sequence,) = run(
+        engine, [plain[0].tokens[:-24]], [predicted(answer, speculation={"tree": "1,1,1,1,1"})]
+    )
+    assert sequence.tokens == plain[0].tokens
+    assert sequence.stats.num_target_steps == 1 + -(-23 // 6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_seed_gives_one_text_with_any_prediction(target: Decoder, temperature: float) -> None:
+    fields: dict[str, Any] = {"max_tokens": 16, "temperature": temperature, "seed": 3}
+    (alone,) = run(toy_engine(target), [[1, 2]], [SamplingParams(**fields)])
+    for prediction in (alone.output.token_ids, [5, 6, 7]):
+        (sequence,) = run(
+            toy_engine(target, num_blocks=100),
+            [[1, 2]],
+            [SamplingParams(**fields, prediction=prediction)],
+        )
+        assert outputs_of([sequence]) == outputs_of([alone])
+
+
+def test_a_prediction_needs_tokens_that_the_model_has(target: Decoder) -> None:
+    engine = toy_engine(target)
+    with pytest.raises(RequestError, match=f"the prediction has token id {VOCAB} "):
+        engine.add("bad", [1], predicted([1, VOCAB]))
+    for nothing in ([], ""):
+        (sequence,) = run(engine, [[1]], [SamplingParams(max_tokens=3, prediction=nothing)])
+        assert num_drafted([sequence]) == 0
+
+
+def test_times_are_measured_when_they_are_first_needed_and_nothing_runs(target: Decoder) -> None:
+    calls = []
+
+    def measure(report: Report | None) -> Controller:
+        calls.append(engine.scheduler.running[:])
+        return measured(1e-5)(report)
+
+    engine = toy_engine(target, num_blocks=400, measure=measure)
+    (plain,) = run(engine, [[1, 2, 3]], [GREEDY])
+    assert calls == [], "nothing that was asked for needs times"
+    answer = plain.output.token_ids
+    engine.add("runs", [4, 5], GREEDY)
+    engine.step()
+    (late,) = engine.add("waits", [1, 2, 3], predicted(answer))
+    finish(engine)
+    assert calls == [], "the pages are in use"
+    assert late.tokens == plain.tokens
+    assert num_drafted([late]) == 0
+    (sequence,) = run(engine, [[1, 2, 3]], [predicted(answer)])
+    assert calls == [[]]
+    assert sequence.tokens == plain.tokens
+    assert sequence.stats.tokens_per_step > 3
+    run(engine, [[1, 2, 3]], [predicted(answer)])
+    engine.measure()
+    assert len(calls) == 1
+
+
+def test_auto_takes_the_room_that_is_left(target: Decoder) -> None:
+    """A tree of no given size is no reason to refuse a request that fits without one."""
+    for num_blocks, most in ((12, 0), (13, 4)):
+        engine = toy_engine(target, num_blocks=num_blocks)
+        (sequence,) = engine.add("full", [1] * 40, SamplingParams(max_tokens=8, prediction=[1]))
+        assert sequence.max_nodes == most
+        finish(engine)
+        assert sequence.num_output == 8
+
+
+# --- several drafters -----------------------------------------------------------------------------
+
+
+def test_ngrams_alone_are_a_drafter(target: Decoder, plain: list[Sequence]) -> None:
+    engine = toy_engine(
+        target, [NgramDrafter()], config=SHORT, num_blocks=800, measure=measured(1e-5, None)
+    )
+    prompts = [sequence.tokens for sequence in plain]  # that say already what comes
+    params = SamplingParams(max_tokens=20, temperature=0.0)
+    engine.max_model_len = 100
+    expected = toy_engine(target, num_blocks=400, max_model_len=100)
+    again = run(engine, prompts, [params] * 8)
+    assert outputs_of(again) == outputs_of(run(expected, prompts, [params] * 8))
+    assert {name for s in again for name in s.stats.accepted_by_source} == {"ngram"}
+    assert not engine.drafters[0]._drafter._states, "what ended is forgotten"  # type: ignore[attr-defined]
+
+
+def test_two_models_are_both_tried_and_the_better_is_kept(target: Decoder, other: Decoder) -> None:
+    engine = engine_with(
+        target,
+        other,
+        target,
+        config=SHORT,
+        measure=measured(1e-5, 1e-3, 1e-3),
+        num_blocks=800,
+        max_model_len=100,
+    )
+    params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    expected = run(
+        toy_engine(target, num_blocks=400, max_model_len=100), [[1, 2]] * 3, [params] * 3
+    )
+    chosen: list[tuple[int, ...]] = []
+    for _ in range(3):
+        (sequence,) = engine.add("one", [1, 2], params)
+        while engine.has_work:
+            engine.step()
+            chosen.append(tuple(sorted({one.source for one in engine.stats.passes})))
+        assert sequence.tokens == expected[0].tokens
+    assert {(0,), (1,), (0, 1)} <= set(chosen)
+    assert chosen.count((1,)) > chosen.count((0,)) + chosen.count((0, 1))
+    for drafter in engine.drafters[:2]:
+        assert not drafter._drafter._states  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("verifier", ["kseq", "gbv"])
+def test_verifiers_for_one_drafter_refuse_two(
+    target: Decoder, other: Decoder, verifier: VerifierName
+) -> None:
+    speculation = Speculation(tree="4x2", verifier=verifier)
+    with pytest.raises(ConfigError, match="exact for one drafter alone"):
+        engine_with(target, other, target, speculation=speculation)
+    engine = engine_with(target, other, speculation=speculation)
+    with pytest.raises(ConfigError, match="exact for one drafter alone"):
+        engine.add("predicted", [1], SamplingParams(prediction=[1, 2]))
+    assert not engine.has_work
+
+
+# --- chains whose length is set by others ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("control", ["gammatune", "smartspec"])
+def test_a_controlled_chain_has_many_lengths_and_the_same_text(
+    target: Decoder, other: Decoder, plain: list[Sequence], control: Any
+) -> None:
+    speculation = Speculation(tree="1,1,1,1,1,1", control=control)
+    engine = engine_with(
+        target,
+        other,
+        speculation=speculation,
+        config=SHORT,
+        measure=measured(1e-4, 1e-3),
+        num_blocks=800,
+    )
+    engine.measure()
+    sequences = [s for n, p in enumerate(random_prompts(8)) for s in engine.add(str(n), p, GREEDY)]
+    lengths = set()
+    while engine.has_work:
+        for trace in engine.step():
+            assert max(trace.tree.depths) == trace.tree.num_drafted <= 6
+            if trace.sequence.num_left > 6:
+                lengths.add(trace.tree.num_drafted)
+    assert outputs_of(sequences) == outputs_of(plain)
+    assert len(lengths - {0}) > 1
+    if control == "gammatune":
+        assert not engine._chains[speculation]._states  # type: ignore[attr-defined]
+
+
+def test_smartspec_needs_a_model_to_draft(target: Decoder) -> None:
+    speculation = Speculation(tree="1,1", control="smartspec")
+    with pytest.raises(ConfigError, match="needs a model as the first drafter"):
+        toy_engine(target, [NgramDrafter()], speculation=speculation)
+
+
+def test_smartspec_looks_again_after_it_drafted_nothing_for_long() -> None:
+    long = toy_decoder(7, vocab_size=VOCAB, max_position_embeddings=256)
+    engine = engine_with(
+        long,
+        long,
+        speculation=Speculation(tree="1,1,1", control="smartspec"),
+        measure=measured(1.0, 1e-3),
+        max_model_len=200,
+    )
+    (sequence,) = run(
+        engine, [[1, 2]], [SamplingParams(max_tokens=150, temperature=0.0, ignore_eos=True)]
+    )
+    assert 1 <= num_drafted([sequence]) <= 3
+
+
+# --- latency goals --------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes as it is told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("specinfer.engine.engine.time", clock)
+    return clock
+
+
+def test_goals_are_met_or_missed(
+    target: Decoder, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = toy_engine(target)
+    goals = (0.6, 0.5, 0.4, None)
+    params = [
+        SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True, target_tpot_s=goal)
+        for goal in goals
+    ]
+    sequences = [s for n in range(4) for s in engine.add(f"r{n}", [1, 2], params[n])]
+    (single,) = engine.add("one token", [3], SamplingParams(max_tokens=1, target_tpot_s=1e-9))
+    with caplog.at_level("INFO", logger="specinfer"):
+        while engine.has_work:
+            clock.now += 0.5
+            engine.step()
+    assert [s.stats.tpot_s for s in sequences] == pytest.approx([0.5] * 4)
+    assert single.stats.tpot_s == 0.0, "one token has no pace"
+    assert (engine.stats.num_goals, engine.stats.num_goals_met) == (3, 2)
+    assert caplog.messages == [
+        "request r0: 500.0 ms per output token, goal 600.0 ms met (1 of 1 so far)",
+        "request r1: 500.0 ms per output token, goal 500.0 ms met (2 of 2 so far)",
+        "request r2: 500.0 ms per output token, goal 400.0 ms missed (2 of 3 so far)",
+    ]
+    engine.stats.reset()
+    assert (engine.stats.num_goals, engine.stats.num_goals_met) == (0, 0)
+
+
+def test_a_late_sequence_gets_more_of_a_step_than_an_early_one(
+    target: Decoder, other: Decoder, clock: Clock
+) -> None:
+    engine = engine_with(target, other, measure=measured(2e-3, 1e-4), config=SHORT)
+    engine.measure()
+    drafted: dict[str, int] = {"late": 0, "early": 0, "whenever": 0}
+    for name, goal in (("late", 1e-2), ("early", 1.0), ("whenever", None)):
+        goals = {"target_tpot_s": goal} if goal else {}
+        engine.add(name, [1, 2], SamplingParams(max_tokens=24, temperature=0.0, **goals))
+    texts = set()
+    while engine.has_work:
+        clock.now += 0.1
+        for trace in engine.step():
+            drafted[trace.sequence.request_id] += trace.tree.num_drafted
+            if trace.sequence.is_finished:
+                texts.add(trace.sequence.output.text)
+    assert drafted["late"] > drafted["whenever"] > drafted["early"]
+    assert len(texts) == 1

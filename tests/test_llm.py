@@ -1,9 +1,13 @@
 """The offline face: streams beside each other, input of every wrong kind, failures in a step."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from specinfer.config import Speculation
+from specinfer.draft.calibration import Calibration
 from specinfer.errors import ConfigError, RequestError, SpecInferError
 from specinfer.llm import LLM
 from specinfer.request import SamplingParams
@@ -44,6 +48,14 @@ def test_streams_beside_each_other_and_beside_generate_each_come_to_their_end(ll
         {"stop": [b"x"]},
         {"stop_token_ids": ["a"]},
         {"stop_token_ids": [-1]},
+        {"prediction": 5},
+        {"prediction": [1.5]},
+        {"prediction": np.array([1, 2])},
+        {"speculation": "off"},
+        {"speculation": {"trees": "off"}},
+        {"speculation": {"tree": 3}},
+        {"target_tpot_s": 0},
+        {"target_tpot_s": "fast"},
     ],
 )
 def test_parameters_of_the_wrong_kind(changes: dict[str, object]) -> None:
@@ -122,3 +134,66 @@ def test_max_nodes_counts_all_drafters() -> None:
 def test_names_that_are_no_model(name: str) -> None:
     with pytest.raises(SpecInferError):
         LLM(name)
+
+
+# --- what may help to guess -----------------------------------------------------------------------
+
+
+def test_a_prediction_may_be_text_or_tokens(llm: LLM) -> None:
+    params: dict[str, Any] = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True}
+    [plain] = llm.generate("One day", SamplingParams(**params, speculation={"tree": "off"}))
+    choice = plain.outputs[0]
+    assert plain.stats.tokens_per_step == 1.0
+    for prediction in (choice.text, choice.token_ids, tuple(choice.token_ids)):
+        [output] = llm.generate("One day", SamplingParams(**params, prediction=prediction))
+        assert output.outputs[0].token_ids == choice.token_ids
+        assert output.stats.accepted_by_source["prediction"] > 10
+        assert output.stats.tokens_per_step > 3
+    with pytest.raises(RequestError, match="the prediction has token id 1000000"):
+        llm.generate("One day", SamplingParams(prediction=[1, 10**6]))
+    assert not llm.engine.has_work
+
+
+def test_a_prediction_needs_no_drafter() -> None:
+    """Nor more memory than there is: the whole context, and pages for one request."""
+    llm = LLM("zoo:parley-draft", dtype="float32", max_model_len=64, max_num_seqs=1)
+    assert llm.engine.controller is None, "nothing to speculate with, nothing measured"
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    [plain] = llm.generate("One day", params)
+    prediction = plain.outputs[0].text
+    again = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True, prediction=prediction)
+    [output] = llm.generate("One day", again)
+    assert output.outputs[0].token_ids == plain.outputs[0].token_ids
+    assert output.stats.tokens_per_step > 3
+    assert llm.engine.controller is not None
+
+
+def test_calibration_is_kept_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "learnt.json"
+    options: dict[str, Any] = {"drafters": "ngram", "dtype": "float32", "max_model_len": 64}
+    options["speculation"] = Speculation(tree="calibrated")
+    llm = LLM("zoo:parley-draft", calibration=file, **options)
+    assert not file.exists()
+    llm.generate("One day One day One day", GREEDY)
+    llm.save_calibration()
+    table = llm.engine.calibration.table("ngram", "greedy")
+    prior = Calibration().table("ngram", "greedy")
+    assert table.after.trials.sum() > prior.after.trials.sum()
+    known = LLM("zoo:parley-draft", calibration=str(file), **options).engine.calibration
+    assert known.table("ngram", "greedy").after.hits == pytest.approx(table.after.hits, abs=1e-3)
+    llm.save_calibration(tmp_path / "other.json")
+    assert (tmp_path / "other.json").read_text() == file.read_text()
+    file.write_text("[]")
+    with pytest.raises(ConfigError, match="cannot be read") as caught:
+        LLM("zoo:parley-draft", calibration=file, **options)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="has no file"):
+        LLM("zoo:parley-draft", **options).save_calibration()
+
+
+def test_a_latency_goal_is_reported(llm: LLM) -> None:
+    llm.engine.stats.reset()
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, target_tpot_s=1e3)
+    [output] = llm.generate("One day", params)
+    assert 0 < output.stats.tpot_s < 1e3
+    assert (llm.engine.stats.num_goals, llm.engine.stats.num_goals_met) == (1, 1)

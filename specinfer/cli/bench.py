@@ -64,7 +64,7 @@ def bench_latency(
     *,
     asked: Asked,
 ) -> None:
-    """Time plain against tree decoding, in turns, on the same prompts.
+    """Time plain decoding against the tree of --tree, in turns, on the same prompts.
 
     Greedy and 64 tokens long unless --temperature and --max-tokens say otherwise. Prompts go
     through the chat template if the model has one.
@@ -80,8 +80,9 @@ def bench_latency(
     asked = replace(asked, sampling={"temperature": 0.0, "max_tokens": 64} | dict(asked.sampling))
     llm = asked.load()
     results = _measure(llm, asked, [_encode(llm, text) for text in texts], pairs)
+    asked.keep(llm)
     if not to_stdout:
-        _print_table(results)
+        _print_table(results, asked.speculation.tree)
         typer.echo(f"medians of {len(texts)} prompts × {pairs} pairs, run in turns")
         typer.echo(_explain(llm, asked, results), nl=False)
     if json is not None:
@@ -182,7 +183,7 @@ def _to_objects(results: dict[str, Result]) -> dict[str, Any]:
     return {"systems": {name: asdict(result) for name, result in results.items()}}
 
 
-def _print_table(results: dict[str, Result]) -> None:
+def _print_table(results: dict[str, Result], tree: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -194,7 +195,7 @@ def _print_table(results: dict[str, Result]) -> None:
     for name, result in results.items():
         speed = result.tokens_per_s
         table.add_row(
-            name,
+            f"tree {tree}" if name == "tree" else name,
             f"{speed.median:.0f} ({speed.low:.0f}–{speed.high:.0f})",
             str(result.speedup),
             f"{result.tokens_per_step:.2f}",

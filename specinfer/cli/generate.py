@@ -76,7 +76,7 @@ def generate(
         for each, output in zip(prompts, outputs, strict=True):
             print_json(to_object(output) | {"prompt": each} | ({} if lines else {"time": took}))
     if stats:
-        print_stats(add_up(outputs), took)
+        print_stats(add_up(outputs), took, params.target_tpot_s)
     if any(choice.finish_reason == "abort" for output in outputs for choice in output.outputs):
         raise typer.Exit(130)
 

@@ -28,10 +28,17 @@ def print_json(value: Any) -> None:
 
 
 def timing(llm: "LLM", wall_s: float) -> dict[str, Any]:
-    """Where the time went since the engine's counts were reset: seconds, part by part."""
-    parts = dict(llm.engine.stats.seconds)
+    """Where the time went since the engine's counts were reset, and how many goals were met."""
+    stats = llm.engine.stats
+    parts = dict(stats.seconds)
     parts["other"] = max(0.0, wall_s - sum(parts.values()))
-    return {"wall_s": wall_s, "num_steps": llm.engine.stats.num_steps, "seconds": parts}
+    return {
+        "wall_s": wall_s,
+        "num_steps": stats.num_steps,
+        "num_goals": stats.num_goals,
+        "num_goals_met": stats.num_goals_met,
+        "seconds": parts,
+    }
 
 
 def add_up(outputs: Sequence[RequestOutput]) -> RequestStats:
@@ -42,8 +49,11 @@ def add_up(outputs: Sequence[RequestOutput]) -> RequestStats:
     return total
 
 
-def print_stats(stats: RequestStats, time: Mapping[str, Any]) -> None:
-    """Tokens per step, acceptance and time by part, on standard error."""
+def print_stats(stats: RequestStats, time: Mapping[str, Any], goal_s: float | None = None) -> None:
+    """Tokens per step, acceptance, latency goal and time by part, on standard error.
+
+    goal_s  what was asked for as target_tpot_s
+    """
     wall_s, num_steps = time["wall_s"], time["num_steps"]
     rate = stats.num_output_tokens / wall_s if wall_s else 0.0
     rows = [
@@ -54,6 +64,8 @@ def print_stats(stats: RequestStats, time: Mapping[str, Any]) -> None:
         ),
         ("speed", f"{rate:.1f} tokens/s ({wall_s:.2f} s)"),
     ]
+    if goal_s is not None and time["num_goals"]:
+        rows.append(("goal", _goal(stats, time, goal_s)))
     if stats.num_drafted:
         share = stats.num_accepted / stats.num_drafted
         rows += [
@@ -67,6 +79,17 @@ def print_stats(stats: RequestStats, time: Mapping[str, Any]) -> None:
         rows.append((part, f"{per_step:7.2f} ms per step {share:6.1%}"))
     for name, text in rows:
         typer.echo(f"{name:>10}  {text}", err=True)
+
+
+def _goal(stats: RequestStats, time: Mapping[str, Any], goal_s: float) -> str:
+    """Whether the time per token was as short as asked; of several texts the slowest counts."""
+    num, num_met = time["num_goals"], time["num_goals_met"]
+    took = f"{1e3 * stats.tpot_s:.1f} ms per token"
+    if num == 1:
+        verdict = f"{'met' if num_met else 'missed'}: {took}"
+    else:
+        verdict = f"met by {num_met} of {num}: at most {took}"
+    return f"{verdict} (asked for {1e3 * goal_s:.1f})"
 
 
 def _depths(stats: RequestStats) -> str:

@@ -61,6 +61,7 @@ def tree(
                 _print_step(len(drawn), step)
             if len(drawn) == steps or interrupt.was_pressed:
                 break
+    asked.keep(llm)
     if json:
         print_json({"prompt": text, "steps": [_to_object(step) for step in drawn]})
     if svg is not None:

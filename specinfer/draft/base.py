@@ -22,6 +22,7 @@ class Draft:
     pages       where keys stand, in this drafter's own pool under the same slot numbers
     tree        the tree this drafter is growing: node ids below are this tree's own
     prediction  what the caller expects the output to be; () for nothing
+    num_prompt  tokens before the output; None: it begins where the first expand finds the end
     """
 
     key: int
@@ -29,6 +30,7 @@ class Draft:
     pages: Pages
     tree: TokenTree
     prediction: Sequence[int] = ()
+    num_prompt: int | None = None
 
 
 class Drafter(Protocol):

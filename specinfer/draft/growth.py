@@ -26,7 +26,7 @@ from specinfer.tree import TokenTree
 class Growth:
     """One request's tree to be grown in this step.
 
-    key, tokens, pages, prediction  as `Draft` has them
+    key, tokens, pages, prediction, num_prompt  as `Draft` has them
     params      the drafters' law: the request's filters at the drafters' temperature
     draw        how slots are drawn, resolved: never "auto"
     regime      whose tables to read
@@ -51,6 +51,7 @@ class Growth:
     max_nodes: int
     max_depth: int
     prediction: Sequence[int] = ()
+    num_prompt: int | None = None
     urgency: float = 1.0
     fortunes: Mapping[int, Fortune] = field(default_factory=dict)
 
@@ -61,7 +62,7 @@ class Growth:
 
     def draft(self, tree: TokenTree) -> Draft:
         """This request for drafters that grow this tree."""
-        return Draft(self.key, self.tokens, self.pages, tree, self.prediction)
+        return Draft(self.key, self.tokens, self.pages, tree, self.prediction, self.num_prompt)
 
 
 @dataclass(slots=True, eq=False)

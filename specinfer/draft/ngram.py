@@ -354,8 +354,8 @@ class _Alignment:
 class PredictionDrafter:
     """Expects a request's output to repeat its `Draft.prediction`, with edits here and there.
 
-    The output begins where draft.tokens ends at the first expand of a request. A request that had
-    steps before is taken to begin late, and finds its place by suffix matches after a few tokens.
+    Output that was there before the first expand of a request is read then. Without num_prompt it
+    is taken to begin late, and finds its place by suffix matches after a few tokens.
     """
 
     name = "prediction"
@@ -399,7 +399,8 @@ class PredictionDrafter:
     def _begin(self, draft: Draft) -> _Alignment:
         prediction = Prediction(draft.prediction)
         beliefs = {0: prediction.start}
-        alignment = _Alignment(prediction, len(draft.tokens), beliefs)
+        num_prompt = len(draft.tokens) if draft.num_prompt is None else draft.num_prompt
+        alignment = _Alignment(prediction, num_prompt, beliefs)
         self._states[draft.key] = alignment
         return alignment
 

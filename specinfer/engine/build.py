@@ -48,7 +48,9 @@ def build_engine(
     raises  ModelError, ConfigError or CapacityError, with nothing half-done
     """
     place = _resolve_device(device)
-    max_nodes = speculation.num_nodes(len(drafters))
+    max_nodes = least_nodes = speculation.num_nodes(len(drafters))
+    if speculation.tree == "auto":  # a prediction drafts where no drafter is
+        max_nodes = speculation.num_nodes(len(drafters) + 1)
     # Everything that can be refused cheaply is refused before weights are read.
     names = [model, *(name for name in drafters if name != NGRAM)]
     if len(drafters) > len(names):
@@ -68,7 +70,7 @@ def build_engine(
         for name, folder in zip(names, folders, strict=True)
     ]
     allocator = BlockAllocator(
-        _num_blocks(config, decoders, max_model_len, max_nodes), config.block_size
+        _num_blocks(config, decoders, max_model_len, max_nodes, least_nodes), config.block_size
     )
     num_slots = allocator.num_blocks * config.block_size
     runners = [Runner(decoder, num_slots) for decoder in decoders]
@@ -129,9 +131,16 @@ def _resolve_length(asked: int | None, target: Architecture) -> int:
 
 
 def _num_blocks(
-    config: EngineConfig, decoders: Sequence[Decoder], max_model_len: int, max_nodes: int
+    config: EngineConfig,
+    decoders: Sequence[Decoder],
+    max_model_len: int,
+    max_nodes: int,
+    least_nodes: int,
 ) -> int:
-    """As many blocks as the memory allows and max_num_seqs full requests can use."""
+    """As many blocks as the memory allows and max_num_seqs full requests can use.
+
+    max_nodes    a request may draft where there is room; least_nodes there must be room for
+    """
     block_bytes = config.block_size * sum(
         KVPool.bytes_per_slot(
             num_layers=decoder.architecture.num_layers,
@@ -141,15 +150,15 @@ def _num_blocks(
         )
         for decoder in decoders
     )
-    per_request = -(-(max_model_len + max_nodes) // config.block_size)
-    wanted = per_request * config.max_num_seqs
+    wanted = -(-(max_model_len + max_nodes) // config.block_size) * config.max_num_seqs
     if config.kv_cache_memory is None:
         return max(1, min(wanted, _free_memory(decoders[0].device) // _FREE_SHARE // block_bytes))
     given = config.kv_cache_memory // block_bytes
+    per_request = -(-(max_model_len + least_nodes) // config.block_size)
     if given < per_request:
         raise CapacityError(
             f"kv_cache_memory={config.kv_cache_memory} holds {given * config.block_size} tokens "
-            f"and one request may have {max_model_len} and a tree of {max_nodes} nodes: give at "
+            f"and one request may have {max_model_len} and a tree of {least_nodes} nodes: give at "
             f"least {per_request * block_bytes} bytes, or lower max_model_len"
         )
     return min(wanted, given)

@@ -184,6 +184,8 @@ class Engine:
         speculation = params.own_speculation or self.speculation
         prediction = self._encode_prediction(params)
         max_nodes = self._max_nodes(speculation, predicted=bool(prediction))
+        if speculation.tree == "auto":  # of no given size: no reason to refuse a request
+            max_nodes = min(max_nodes, max(0, self.scheduler.num_slots - max_total))
         self.scheduler.check_fits(max_total, max_nodes)
         sequences = []
         for index in range(params.n):
@@ -391,6 +393,7 @@ class Engine:
             max_nodes=job.max_nodes,
             max_depth=min(depth, room - len(sequence.tokens) + 1),
             prediction=sequence.prediction,
+            num_prompt=sequence.num_prompt,
             urgency=self._urgency(sequence, num_spans),
             fortunes=sequence.fortunes,
         )
@@ -530,12 +533,12 @@ class Engine:
         """
         sequence = work.job.sequence
         grown, regime = work.grown, sequence.regime
-        if grown is None:
-            return
-        chain = self._chain(sequence.speculation)
-        if chain is not None:
+        chain = self._chains.get(sequence.speculation)
+        if chain is not None:  # of steps without a chain too: how many there were is worth knowing
             drafted, batch = work.tree.num_drafted, len(self.scheduler.running)
             chain.observe(sequence.number, drafted, len(verdict.path), batch)
+        if grown is None:
+            return
         tree, reached = work.tree, {0, *verdict.path}
         for slot_id, accepted in verdict.examined:
             slot = tree.slots[slot_id]

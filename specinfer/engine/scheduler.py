@@ -54,6 +54,11 @@ class Scheduler:
         """Whether anything waits or runs."""
         return bool(self.waiting or self.running)
 
+    @property
+    def num_slots(self) -> int:
+        """Tokens, drafted nodes included, that the pages hold."""
+        return self._allocator.num_blocks * self._allocator.block_size
+
     def check_fits(self, max_total: int, max_nodes: int) -> None:
         """Refuse a sequence that could never be admitted.
 
@@ -67,7 +72,7 @@ class Scheduler:
             raise CapacityError(
                 f"a request of up to {max_total} tokens and a tree of {max_nodes} nodes "
                 f"needs {needed * size} tokens of KV cache and there are "
-                f"{self._allocator.num_blocks * size}: raise kv_cache_memory or lower max_tokens"
+                f"{self.num_slots}: raise kv_cache_memory or lower max_tokens"
             )
 
     def add(self, sequence: "Sequence") -> None:
