@@ -144,7 +144,7 @@ def run(
         laws.setdefault(case.law, case)
     jobs: dict[tuple[str, Any], tuple[Any, ...]] = {}
     if paper_prompts:
-        for k in (5, 3, 1):
+        for k in (5, 3):
             rest = (paper_prompts, SETTINGS[BASE], WIDTHS[k])
             jobs["sampled", k] = (count_sampled, inputs, IN_DOMAIN, *rest)
         for temperature in (1.0, 0.0):
@@ -377,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     num_prompts = args.bar_prompts
     if num_prompts:
         cases = [case for bar in BARS for case in bar.cases(num_prompts)] + cases
-        cases += [Case(BASE, t, n, num_prompts) for t in (0.0, 1.0) for n in WIDTHS.values()]
+        cases += [Case(BASE, t, n, grid.num_prompts) for t in (0.0, 1.0) for n in WIDTHS.values()]
     cases = list(dict.fromkeys(cases))
     results = run(
         cases,
@@ -392,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": " ".join(["python -m benchmarks.acceptance", *(arguments or sys.argv[1:])]),
         "torch": torch.__version__,
         **paper_rows(results),
-        "widths": width_rows(results, num_prompts),
+        "widths": width_rows(results, grid.num_prompts),
         "bars": bar_rows(results, num_prompts),
         "rows": case_rows(results),
     }

@@ -31,9 +31,9 @@ VERIFIERS = {
     "multi-step": verify_topdown,
     "traversal": verify_traversal,
 }
-EVERY = 3
-"""Trees of every third step are verified: neighbouring ones are alike, and each takes a pass."""
-REPEATS = 24
+EVERY = 5
+"""Trees of every fifth step are verified: neighbouring ones are alike, and each takes a pass."""
+REPEATS = 16
 """Verifications of one tree by each verifier."""
 
 
