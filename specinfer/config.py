@@ -18,6 +18,8 @@ from specinfer.errors import ConfigError
 Draw = Literal["auto", "iid", "without-replacement", "pick"]
 VerifierName = Literal["auto", "match", "topdown", "traversal", "kseq", "gbv"]
 
+Control = Literal["auto", "gammatune", "smartspec"]
+
 IID_VERIFIERS = ("kseq", "gbv")
 """Exact for slots drawn independently from one law, and for nothing else."""
 
@@ -108,6 +110,8 @@ class Speculation:
                        shape says, else 32, at most 64 for "auto"
     max_depth          deepest node, in tokens after the root; None: as the shape says, else 16
     draft_temperature  the drafters' temperature; None: the request's own
+    control            who sets the length of a chain in each step: "auto" (nobody; prices set the
+                       size of tree="auto"), or, to be measured against, "gammatune" | "smartspec"
     draw               how slots are drawn: "auto" (picks when greedy, seeded, matched or colder
                        than 0.35, else without replacement) | "iid" | "without-replacement" | "pick"
     """
@@ -118,6 +122,7 @@ class Speculation:
     max_depth: int | None = None
     draft_temperature: float | None = None
     draw: Draw = "auto"
+    control: Control = "auto"
 
     def __post_init__(self) -> None:
         if self.tree not in TREE_NAMES and not self._is_paths:
@@ -128,6 +133,15 @@ class Speculation:
             )
         if self.draw not in get_args(Draw):
             raise ConfigError(f"draw={self.draw!r}: use one of {', '.join(get_args(Draw))}")
+        if self.control not in get_args(Control):
+            raise ConfigError(
+                f"control={self.control!r}: use one of {', '.join(get_args(Control))}"
+            )
+        if self.control != "auto" and not re.fullmatch(r"1(,1)*", self.tree):
+            raise ConfigError(
+                f"control={self.control!r} sets the length of a chain: give the longest as "
+                f'tree="1,1,1,1", not tree={self.tree!r}'
+            )
         for name in ("max_nodes", "max_depth"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least=1)
@@ -164,6 +178,11 @@ class Speculation:
     def is_off(self) -> bool:
         """Whether nothing is guessed."""
         return self.tree == "off"
+
+    @property
+    def needs_times(self) -> bool:
+        """Whether steps have to be measured before it can be carried out."""
+        return self.tree == "auto" or self.control == "smartspec"
 
     @property
     def depth(self) -> int:

@@ -10,14 +10,16 @@ import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 from specinfer.config import EngineConfig, Speculation
+from specinfer.draft.calibration import Calibration
 from specinfer.engine.build import build_engine
 from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence as EngineSequence
 from specinfer.errors import ConfigError, RequestError
-from specinfer.progress import count_tokens, show_loading
+from specinfer.progress import count_tokens, show_loading, show_measuring
 from specinfer.request import UNBUILT_FIELDS, RequestOutput, RequestStats, SamplingParams
 
 Prompt = str | Sequence[int]
@@ -33,7 +35,6 @@ _UNBUILT: dict[str, Any] = {
     "enable_prefix_caching": False,
     "lora": None,
     "compile": False,
-    "calibration": None,
 }
 """Options that later work will build, and the one value each may have until then."""
 
@@ -87,6 +88,7 @@ class LLM:
         kv_cache_memory: int | None = None,
         block_size: int = 16,
         seed: int = 0,
+        calibration: str | Path | None = None,
         show_progress: bool | None = None,
         **unbuilt: Any,
     ) -> None:
@@ -98,6 +100,8 @@ class LLM:
         dtype            "auto" (the checkpoint's) | "bfloat16" | "float16" | "float32"
         device           "auto" | "cpu" | "cuda"
         max_num_seqs …   as in `EngineConfig`
+        calibration      a file for what was learnt of acceptance: read now where it exists, written
+                         by `save_calibration`
         show_progress    None: where standard error is a terminal
         raises           ConfigError, ModelError or CapacityError, each in one sentence
         """
@@ -121,8 +125,24 @@ class LLM:
                 dtype=dtype,
                 device=device,
                 progress=progress,
+                calibration=_read_calibration(calibration),
             )
+        self._calibration_file = None if calibration is None else Path(calibration)
         self.tokenizer = self.engine.tokenizer
+        if drafters and self.engine.speculation.needs_times:
+            with show_measuring(show_progress) as report:
+                self.engine.measure(report)
+
+    def save_calibration(self, file: str | Path | None = None) -> None:
+        """Write what was learnt of acceptance.
+
+        file    None: the one given as `calibration`
+        raises  ConfigError where neither was given or it cannot be written
+        """
+        target = self._calibration_file if file is None else Path(file)
+        if target is None:
+            raise ConfigError("calibration has no file: give one here, or as LLM(calibration=…)")
+        self.engine.calibration.save(target)
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the model's generation_config.json asks for, with changes."""
@@ -241,6 +261,12 @@ class LLM:
                 f"{len(params)} sampling_params for {count} prompts: give one, or one per prompt"
             )
         return list(params)
+
+
+def _read_calibration(file: str | Path | None) -> Calibration:
+    if file is None or not Path(file).exists():
+        return Calibration()
+    return Calibration.load(Path(file))
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:

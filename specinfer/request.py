@@ -22,7 +22,6 @@ UNBUILT_FIELDS = (
     "bad_words",
     "allowed_token_ids",
     "priority",
-    "target_tpot_s",
 )
 
 
@@ -45,6 +44,8 @@ class SamplingParams:
     prediction       what the output is expected to repeat for the most part, as text or token ids:
                      a source of guesses, never a constraint (OpenAI's predicted outputs)
     speculation      this request's own, such as {"tree": "off"}; None: the engine's
+    target_tpot_s    a goal for the time per output token after the first, in seconds: a sequence
+                     that is late is given more of the step's drafting
     skip_special_tokens         leave special tokens out of the text
     include_stop_str_in_output  keep the stop string in the text
 
@@ -90,6 +91,11 @@ class SamplingParams:
             ("temperature", 0 <= self.temperature < math.inf, "finite and at least 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            (
+                "target_tpot_s",
+                self.target_tpot_s is None or 0 < self.target_tpot_s < math.inf,
+                "above 0 and finite",
+            ),
             ("stop", "" not in self.stop_strings, "free of empty strings"),
         )
         for name, holds, rule in requirements:
@@ -106,8 +112,9 @@ class SamplingParams:
         for name, least in (("max_tokens", 1), ("seed", 0)):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least=least)
-        for name in ("temperature", "top_p", "min_p"):
-            if not is_number(getattr(self, name)):
+        for name in ("temperature", "top_p", "min_p", "target_tpot_s"):
+            value = getattr(self, name)
+            if not is_number(value) and (value is not None or name != "target_tpot_s"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         if not isinstance(stops, Iterable) or not all(isinstance(stop, str) for stop in stops):
@@ -150,6 +157,7 @@ class RequestStats:
     num_accepted        drafted tokens that were emitted
     accepted_by_depth   entry d - 1: how many were accepted at depth d
     accepted_by_source  per drafter's name, how many of the accepted it was the first to propose
+    tpot_s              seconds per output token after the first; of several samples the slowest
     """
 
     num_output_tokens: int = 0
@@ -158,6 +166,7 @@ class RequestStats:
     num_accepted: int = 0
     accepted_by_depth: list[int] = field(default_factory=list)
     accepted_by_source: dict[str, int] = field(default_factory=dict)
+    tpot_s: float = 0.0
 
     @property
     def tokens_per_step(self) -> float:
@@ -170,6 +179,7 @@ class RequestStats:
         self.num_target_steps += other.num_target_steps
         self.num_drafted += other.num_drafted
         self.num_accepted += other.num_accepted
+        self.tpot_s = max(self.tpot_s, other.tpot_s)
         missing = len(other.accepted_by_depth) - len(self.accepted_by_depth)
         self.accepted_by_depth.extend([0] * missing)
         for depth, count in enumerate(other.accepted_by_depth):

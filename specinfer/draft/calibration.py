@@ -160,10 +160,12 @@ class Table:
 class Calibration:
     """The tables of every drafter, and acceptance by place for Sequoia's shapes.
 
-    New tables start from what the bundled pair has shown (draft/priors.json).
+    bundled  new tables start from what the bundled pair has shown (draft/priors.json, made by
+             benchmarks/priors.py); else from what drafters say
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, bundled: bool = True) -> None:
+        self._priors = _bundled() if bundled else {}
         self._tables: dict[tuple[str, Regime], Table] = {}
         self._places: dict[Regime, Rates] = {}
 
@@ -172,7 +174,7 @@ class Calibration:
         key = (drafter, regime)
         if key not in self._tables:
             self._tables[key] = Table(
-                *(Curves(_prior(drafter, regime, curves)) for curves in ("before", "after"))
+                *(Curves(self._prior(drafter, regime, name)) for name in ("before", "after"))
             )
         return self._tables[key]
 
@@ -200,7 +202,10 @@ class Calibration:
         return taken
 
     def save(self, file: Path) -> None:
-        """Write everything learnt."""
+        """Write everything learnt.
+
+        raises  ConfigError if the file cannot be written
+        """
         content = {
             "format": _FORMAT,
             "tables": [
@@ -217,8 +222,11 @@ class Calibration:
             "places": {regime: _rounded(counts) for regime, counts in self._places.items()},
         }
         temporary = file.with_name(file.name + ".part")
-        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        try:
+            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            temporary.replace(file)
+        except OSError as error:
+            raise ConfigError(f"calibration={str(file)!r} cannot be written: {error}") from None
 
     @classmethod
     def load(cls, file: Path) -> "Calibration":
@@ -248,21 +256,25 @@ class Calibration:
 
     def _place_counts(self, regime: Regime) -> Rates:
         if regime not in self._places:
-            rates = np.array(_priors().get("places", {}).get(regime, _PLACES))
-            self._places[regime] = np.stack([np.full(NUM_PLACES, _PRIOR_TRIALS), rates])
-            self._places[regime][1] *= _PRIOR_TRIALS
+            known = self._priors.get("places", {}).get(regime)
+            if known is None:
+                known = [[_PRIOR_TRIALS] * NUM_PLACES, [_PRIOR_TRIALS * rate for rate in _PLACES]]
+            self._places[regime] = np.array(known)
         return self._places[regime]
 
+    def _prior(self, drafter: str, regime: Regime, curves: str) -> tuple[Rates, Rates] | None:
+        """What drafters of this kind have shown; None: nothing is known of it."""
+        known = self._priors.get(kind_of(drafter), {}).get(regime, {}).get(curves)
+        return None if known is None else (np.array(known["trials"]), np.array(known["hits"]))
 
-def _prior(drafter: str, regime: Regime, curves: str) -> tuple[Rates, Rates] | None:
-    """What drafters of this kind have shown; None: nothing is known of it."""
-    kind = drafter if drafter in ("ngram", "prediction") else "model"
-    known = _priors().get(kind, {}).get(regime, {}).get(curves)
-    return None if known is None else (np.array(known["trials"]), np.array(known["hits"]))
+
+def kind_of(drafter: str) -> str:
+    """Whose priors a drafter starts from, by its name."""
+    return drafter if drafter in ("ngram", "prediction") else "model"
 
 
 @functools.cache
-def _priors() -> dict[str, Any]:
+def _bundled() -> dict[str, Any]:
     file = resources.files("specinfer.draft").joinpath("priors.json")
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content

@@ -9,9 +9,12 @@ import torch
 from specinfer.cache.blocks import BlockAllocator
 from specinfer.cache.pool import KVPool
 from specinfer.config import EngineConfig, Speculation
+from specinfer.draft.calibration import Calibration
 from specinfer.draft.model import ModelDrafter
 from specinfer.draft.ngram import NgramDrafter
+from specinfer.engine.controller import Controller
 from specinfer.engine.engine import Engine
+from specinfer.engine.measure import Report, measure_models
 from specinfer.errors import CapacityError, ConfigError, ModelError
 from specinfer.models.architecture import Architecture, read_architecture
 from specinfer.models.decoder import Decoder
@@ -38,6 +41,7 @@ def build_engine(
     dtype: str,
     device: str,
     progress: Progress | None = None,
+    calibration: Calibration | None = None,
 ) -> Engine:
     """Load a target and its drafters and give them pages.
 
@@ -73,6 +77,14 @@ def build_engine(
         ModelDrafter(name, runner, vocab_size=vocab_size, max_tokens=config.max_num_batched_tokens)
         for name, runner in zip(names[1:], runners[1:], strict=True)
     )
+
+    def measure(report: Report | None) -> Controller:
+        tokens = config.max_num_batched_tokens
+        times = measure_models(names, folders, runners, max_tokens=tokens, progress=report)
+        measured = iter(times[1:])
+        of_drafters = [None if name == NGRAM else next(measured) for name in drafters]
+        return Controller(times[0], [*of_drafters, None])
+
     return Engine(
         runners[0],
         [NgramDrafter() if name == NGRAM else next(models) for name in drafters],
@@ -81,6 +93,8 @@ def build_engine(
         config=config,
         speculation=speculation,
         max_model_len=max_model_len,
+        calibration=calibration,
+        measure=measure,
     )
 
 

@@ -1,5 +1,8 @@
 """One step: schedule, draft, verify, commit. Nothing else writes state."""
 
+import logging
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 
@@ -9,15 +12,27 @@ from torch import Tensor
 
 from specinfer.baselines import verify_gbv, verify_kseq
 from specinfer.cache.blocks import BlockAllocator
-from specinfer.config import EngineConfig, Speculation
+from specinfer.config import IID_VERIFIERS, EngineConfig, Speculation
 from specinfer.draft.base import Drafter
 from specinfer.draft.builders import builder_for
 from specinfer.draft.calibration import Calibration
 from specinfer.draft.growth import Builder, Grown, Growth
+from specinfer.draft.heap import HeapBuilder
+from specinfer.draft.model import ModelDrafter
 from specinfer.draft.ngram import PredictionDrafter
+from specinfer.engine.chains import ChainController, GammaTune, SmartSpec
+from specinfer.engine.controller import (
+    Arm,
+    Controller,
+    DrafterChoice,
+    StepLoad,
+    choices_of,
+    urgency,
+)
+from specinfer.engine.measure import Report
 from specinfer.engine.scheduler import Job, Scheduler
 from specinfer.engine.sequence import Sequence
-from specinfer.engine.stats import EngineStats, TimedDrafter
+from specinfer.engine.stats import HOST_PARTS, EngineStats, TimedDrafter
 from specinfer.errors import ConfigError, RequestError
 from specinfer.request import SamplingParams
 from specinfer.run.batch import Span
@@ -26,6 +41,8 @@ from specinfer.sampling import RowFilters, early_rows, greedy_picks, seeded_pick
 from specinfer.text.tokenizer import Tokenizer
 from specinfer.tree import TokenTree
 from specinfer.verify import Verdict, follow, verify_match, verify_topdown, verify_traversal
+
+_log = logging.getLogger("specinfer")
 
 _VERIFIERS = {
     "gbv": verify_gbv,
@@ -56,6 +73,7 @@ class _Work:
     job: Job
     tree: TokenTree
     grown: Grown | None = None
+    sources: ListLike[int] = ()
 
     @property
     def num_logits(self) -> int:
@@ -77,16 +95,29 @@ class Engine:
         speculation: Speculation,
         max_model_len: int,
         calibration: Calibration | None = None,
+        measure: Callable[[Report | None], Controller] | None = None,
     ) -> None:
+        """Serve these models.
+
+        calibration  what is known of acceptance; None: the priors
+        measure      times the models and makes a controller; without one, trees that the controller
+                     would size ("auto") have the size they may have
+        """
         self.target = target
+        self.controller: Controller | None = None
+        self._measure = measure
+        self._chains: dict[Speculation, ChainController] = {}
+        self._choices: dict[tuple[int, ...], Arm] = {}
         self.calibration = calibration or Calibration()
         self._builders: dict[str, Builder] = {}
         self.stats = EngineStats()
         self._num_drafters = len(drafters)
         # What requests predict themselves is one more source, of those that do.
         self.drafters: list[Drafter] = [
-            TimedDrafter(each, self.stats) for each in (*drafters, PredictionDrafter())
+            TimedDrafter(each, source, self.stats)
+            for source, each in enumerate((*drafters, PredictionDrafter()))
         ]
+        self._is_model = [isinstance(each, ModelDrafter) for each in drafters]
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self._seed = config.seed
@@ -122,7 +153,26 @@ class Engine:
                 f"drafters and a step computes {self._max_num_batched_tokens} tokens "
                 "(max_num_batched_tokens): take a smaller tree, or set max_nodes"
             )
+        if speculation.control == "smartspec" and not any(self._is_model[:1]):
+            raise ConfigError('control="smartspec" needs a model as the first drafter')
+        if speculation.verifier in IID_VERIFIERS and num_drafters > 1:
+            raise ConfigError(
+                f"verifier={speculation.verifier!r} is exact for one drafter alone: give one"
+            )
         return max_nodes
+
+    def measure(self, report: Report | None = None) -> None:
+        """Time the models' steps, as speculation="auto" needs it; once, while nothing runs.
+
+        report  told of each model: steps measured so far, and in all
+        """
+        assert not self.scheduler.running, "it writes into pages, whoever owns them"
+        if self._measure is not None and self.controller is None:
+            self.controller = self._measure(report)
+
+    def _is_unmeasured(self, speculation: Speculation) -> bool:
+        """Whether a sequence has to do without a tree until the engine has nothing to run."""
+        return speculation.needs_times and self._measure is not None and self.controller is None
 
     def add(self, request_id: str, prompt: ListLike[int], params: SamplingParams) -> list[Sequence]:
         """Queue a request: one sequence per sample.
@@ -184,7 +234,13 @@ class Engine:
             raise
 
     def _step(self) -> list[StepTrace]:
-        timed = self.stats.timed
+        timed, before = self.stats.timed, dict(self.stats.seconds)
+        self.stats.passes.clear()
+        if not self.scheduler.running and any(
+            self._is_unmeasured(each.speculation) and each.max_nodes
+            for each in self.scheduler.waiting
+        ):
+            self.measure()
         with timed("schedule"):
             jobs = self.scheduler.schedule()
         if not jobs:
@@ -201,7 +257,38 @@ class Engine:
         self.stats.num_steps += 1
         self.stats.num_target_tokens += sum(len(span.tokens) for span in spans)
         self.stats.num_output_tokens += sum(trace.num_new for trace in traces)
+        if self.controller is not None:
+            self._tell_controller(works, verdicts, before)
         return traces
+
+    def _tell_controller(
+        self, works: ListLike[_Work], verdicts: ListLike[Verdict], before: dict[str, float]
+    ) -> None:
+        """What the step cost and brought, of what was computed and not of where a text ended."""
+        assert self.controller is not None
+        spent = {part: seconds - before[part] for part, seconds in self.stats.seconds.items()}
+        load = StepLoad(
+            num_tokens=sum(work.job.num_tokens + work.tree.num_drafted for work in works),
+            num_spans=len(works),
+            num_emitted=sum(len(verdict.path) + 1 for verdict in verdicts),
+            num_nodes=sum(work.tree.num_drafted for work in works),
+            passes=self.stats.passes,
+            target_s=spent["target"],
+            host_s=sum(spent[part] for part in HOST_PARTS),
+        )
+        is_decoding = all(work.job.num_tokens == 1 for work in works)
+        rate = self.controller.goodput(load.num_tokens - load.num_nodes, load.num_spans)
+        self.controller.observe(load, decoding_only=is_decoding)
+        emitting = [work for work in works if work.num_logits]
+        for work, verdict in zip(emitting, verdicts, strict=True):
+            choice = work.job.sequence.choice
+            if choice is not None and work.grown is not None:
+                cost = sum(
+                    self.controller.pass_s(one) / one.num_spans
+                    for one in self.stats.passes
+                    if one.source in work.sources
+                )
+                choice.learn(work.sources, len(verdict.path) - rate * cost)
 
     def _check(self, prompt: ListLike[int], params: SamplingParams) -> int:
         if not prompt:
@@ -238,12 +325,19 @@ class Engine:
         works = [_Work(job, TokenTree(job.sequence.tokens[-1])) for job in jobs]
         groups: dict[str, list[tuple[_Work, Growth]]] = {}
         for work in works:
-            growth = self._growth(work.job)
+            growth = self._growth(work.job, len(jobs))
             if growth is not None:
+                work.sources = growth.sources
                 tree = work.job.sequence.speculation.tree
                 groups.setdefault(tree, []).append((work, growth))
         for tree, members in groups.items():
-            grown = self._builder(tree).grow([growth for _, growth in members], self.drafters)
+            builder = self._builder(tree)
+            if tree == "auto" and self.controller is not None:
+                assert isinstance(builder, HeapBuilder)
+                stop = 1 + sum(growth.max_nodes for _, growth in members)
+                num_tokens = sum(job.num_tokens for job in jobs)
+                builder.prices = self.controller.prices(num_tokens, len(jobs), stop)
+            grown = builder.grow([growth for _, growth in members], self.drafters)
             for (work, _), each in zip(members, grown, strict=True):
                 work.tree, work.grown = each.tree, each
         return works
@@ -253,11 +347,16 @@ class Engine:
             self._builders[tree] = builder_for(tree, self.calibration)
         return self._builders[tree]
 
-    def _growth(self, job: Job) -> Growth | None:
+    def _growth(self, job: Job, num_spans: int) -> Growth | None:
         """What a sequence's tree may be; None where there can be none."""
         sequence = job.sequence
+        if self._is_unmeasured(sequence.speculation):
+            return None
         sources = self._sources(sequence)
         depth = min(sequence.speculation.depth, sequence.num_left - 1)
+        chain = self._chain(sequence.speculation)
+        if chain is not None:
+            depth = min(depth, chain.length(sequence.number, num_spans))
         if sequence.num_pending > 1 or not sources or not job.max_nodes or depth < 1:
             return None
         # A node at depth d is fed to a drafter only where something may follow it.
@@ -276,18 +375,49 @@ class Engine:
             max_nodes=job.max_nodes,
             max_depth=min(depth, room - len(sequence.tokens) + 1),
             prediction=sequence.prediction,
+            urgency=self._urgency(sequence, num_spans),
         )
+
+    def _urgency(self, sequence: Sequence, num_spans: int) -> float:
+        goal_s = sequence.params.target_tpot_s
+        if goal_s is None or sequence.first_s is None or self.controller is None:
+            return 1.0
+        step_s = self.controller.target.seconds(num_spans, num_spans)
+        elapsed_s = time.perf_counter() - sequence.first_s
+        return urgency(goal_s, elapsed_s, sequence.num_output - 1, step_s)
+
+    def _chain(self, speculation: Speculation) -> ChainController | None:
+        """Who sets the length of a chain: nobody, unless a baseline is asked for."""
+        if speculation.control == "auto":
+            return None
+        if speculation not in self._chains:
+            if speculation.control == "gammatune":
+                self._chains[speculation] = GammaTune(speculation.depth)
+            else:
+                assert self.controller is not None
+                times = self.controller.drafters[0]
+                assert times is not None, "checked when it was asked for"
+                chain = SmartSpec(self.controller.target, times, speculation.depth)
+                self._chains[speculation] = chain
+        return self._chains[speculation]
 
     def _sources(self, sequence: Sequence) -> list[int]:
         """The drafters that know this sequence's positions."""
         if sequence.speculation.is_off:
             return []
-        return [
+        sources = [
             source
             for source, drafter in enumerate(self.drafters)
             if len(sequence.tokens) <= drafter.max_positions
             and (source < self._num_drafters or sequence.prediction)
         ]
+        models = [each for each in sources if each < self._num_drafters and self._is_model[each]]
+        if len(models) < 2 or sequence.speculation.tree != "auto" or self.controller is None:
+            return sources
+        arms = choices_of(models, [each for each in sources if each not in models])
+        if sequence.choice is None or list(sequence.choice.arms) != arms:
+            sequence.choice = DrafterChoice.among(arms, self._choices)
+        return list(sequence.choice.choose())
 
     # --- verify -----------------------------------------------------------------------------------
 
@@ -338,6 +468,8 @@ class Engine:
             sequence, tree = work.job.sequence, work.tree
             new = [*(tree.tokens[node] for node in verdict.path), verdict.next_token]
             num_new = sequence.append(new)
+            if sequence.first_s is None:
+                sequence.first_s = time.perf_counter()
             self._count(work, verdict.path[:num_new])
             self._learn(work, verdict)
             if sequence.noise is not None:
@@ -374,9 +506,14 @@ class Engine:
 
         Slots off the accepted path were looked at by traversal alone: they count for nothing.
         """
-        grown, regime = work.grown, work.job.sequence.regime
+        sequence = work.job.sequence
+        grown, regime = work.grown, sequence.regime
         if grown is None:
             return
+        chain = self._chain(sequence.speculation)
+        if chain is not None:
+            drafted, batch = work.tree.num_drafted, len(self.scheduler.running)
+            chain.observe(sequence.number, drafted, len(verdict.path), batch)
         tree, reached = work.tree, {0, *verdict.path}
         for slot_id, accepted in verdict.examined:
             slot = tree.slots[slot_id]
@@ -408,6 +545,26 @@ class Engine:
         self.scheduler.remove(sequence)
         for drafter in self.drafters:
             drafter.drop(sequence.number)
+        for chain in self._chains.values():
+            chain.drop(sequence.number)
+        self._note_pace(sequence)
+
+    def _note_pace(self, sequence: Sequence) -> None:
+        """How fast an ended sequence was, and whether that was its goal."""
+        if sequence.first_s is None or sequence.num_output < 2:
+            return
+        stats, goal_s = sequence.stats, sequence.params.target_tpot_s
+        stats.tpot_s = (time.perf_counter() - sequence.first_s) / (sequence.num_output - 1)
+        if goal_s is None:
+            return
+        is_met = stats.tpot_s <= goal_s
+        self.stats.num_goals += 1
+        self.stats.num_goals_met += is_met
+        _log.info(
+            "request %s: %.1f ms per output token, goal %.1f ms %s (%d of %d so far)",
+            *(sequence.request_id, stats.tpot_s * 1e3, goal_s * 1e3),
+            *("met" if is_met else "missed", self.stats.num_goals_met, self.stats.num_goals),
+        )
 
 
 def _kind(sequence: Sequence) -> str:

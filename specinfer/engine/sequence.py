@@ -8,6 +8,7 @@ import numpy as np
 from specinfer.cache.blocks import Pages
 from specinfer.config import IID_VERIFIERS, Draw, Speculation, VerifierName
 from specinfer.draft.calibration import COLDEST_DRAW, Regime, regime_of
+from specinfer.engine.controller import DrafterChoice
 from specinfer.request import CompletionOutput, RequestStats, SamplingParams
 from specinfer.sampling import SeededNoise, request_generator
 from specinfer.text.stream import IncrementalDetokenizer, StopStrings
@@ -21,6 +22,7 @@ class Sequence:
     num_computed  tokens 0 … num_computed - 1 have K and V in the target's pages
     max_total     tokens at most, prompt included
     max_nodes     drafted nodes a step may add
+    first_s       when its first output token came, by the clock of `time.perf_counter`
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Sequence:
         self.tokens = list(prompt)
         self.num_prompt = len(self.tokens)
         self.num_computed = 0
+        self.first_s: float | None = None
+        self.choice: DrafterChoice | None = None
         self.pages: Pages | None = None
         self.output = CompletionOutput(index)
         self.stats = RequestStats()

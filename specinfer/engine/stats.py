@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +17,19 @@ HOST_PARTS = ("schedule", "grow", "verify", "commit")
 """What is neither model's pass."""
 
 
+class Pass(NamedTuple):
+    """One drafter pass: how many nodes it was asked about, of how many sequences.
+
+    is_first  it may have caught up with committed tokens too
+    """
+
+    source: int
+    num_nodes: int
+    num_spans: int
+    is_first: bool
+    seconds: float
+
+
 @dataclass(slots=True)
 class EngineStats:
     """Sums since the engine started, or since `reset`.
@@ -23,12 +37,17 @@ class EngineStats:
     num_steps          steps that computed something
     num_target_tokens  tokens the target computed: prompt chunks, roots and drafted nodes
     num_output_tokens  tokens emitted
+    num_goals          requests that ended with a latency goal, and num_goals_met of them in time
+    passes             the drafters' passes of the last step
     seconds            per part of a step; a part inside a part counts once, as the inner one
     """
 
     num_steps: int = 0
     num_target_tokens: int = 0
     num_output_tokens: int = 0
+    num_goals: int = 0
+    num_goals_met: int = 0
+    passes: list[Pass] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     _nested_s: float = 0.0
 
@@ -47,6 +66,7 @@ class EngineStats:
     def reset(self) -> None:
         """Start counting again."""
         self.num_steps = self.num_target_tokens = self.num_output_tokens = 0
+        self.num_goals = self.num_goals_met = 0
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     @property
@@ -59,7 +79,8 @@ class EngineStats:
 class TimedDrafter:
     """A drafter whose passes count as "draft", wherever they are called from."""
 
-    def __init__(self, drafter: Drafter, stats: EngineStats) -> None:
+    def __init__(self, drafter: Drafter, source: int, stats: EngineStats) -> None:
+        self._source = source
         self.name = drafter.name
         self.max_positions = drafter.max_positions
         self._drafter = drafter
@@ -67,8 +88,14 @@ class TimedDrafter:
 
     def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Tensor | list[list[Pick]]:
         """See `Drafter.expand`."""
+        start = time.perf_counter()
         with self._stats.timed("draft"):
-            return self._drafter.expand(frontier)
+            answer = self._drafter.expand(frontier)
+        num_nodes = sum(len(nodes) for _, nodes in frontier)
+        is_first = all(nodes == [0] for _, nodes in frontier)
+        seconds = time.perf_counter() - start
+        self._stats.passes.append(Pass(self._source, num_nodes, len(frontier), is_first, seconds))
+        return answer
 
     def admit(self, accepted: list[tuple[Draft, list[int]]]) -> None:
         """See `Drafter.admit`."""

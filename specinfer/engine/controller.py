@@ -1,0 +1,248 @@
+"""How much to speculate: prices for nodes and drafter passes, from measured times and past steps.
+
+A step of B sequences emits B + Σ value(slots) tokens in T_draft + T_target + T_host seconds. The
+slots that make their quotient greatest are those worth more than λ · their seconds, λ being the
+greatest quotient itself (Dinkelbach; docs/algorithm.md, "Control"). It is taken from past steps, so
+what is drawn stays predictable; where no slot is worth its price the step is a plain one.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from specinfer.draft.rounds import Prices
+from specinfer.engine.stats import Pass
+from specinfer.engine.times import StepTimes
+
+_FADE = 0.95
+"""What past steps weigh, from one to the next, in λ."""
+
+_PROBE_EVERY = 64
+_PROBE_DISCOUNT = 0.5
+"""Where nothing was worth its price for long, one step in so many is priced lower: what drafts are
+worth is only learnt by drafting."""
+
+_HOST_RATE = 0.05
+"""How fast the host's costs follow what is measured."""
+
+_HOST_S = (2e-4, 4e-5, 1e-5, 2e-4)
+"""Seconds of the host at first: per step, sequence, drafted node and round."""
+
+_FREE_PASS_S = 2e-5
+"""A pass of a drafter without a model, per node."""
+
+
+@dataclass(slots=True)
+class StepLoad:
+    """What one step computed, and for how long.
+
+    num_tokens   of the target: prompt chunks, roots and drafted nodes
+    num_spans    sequences in the step
+    num_emitted  tokens emitted
+    num_nodes    drafted nodes
+    passes       of the drafters
+    target_s, host_s  seconds of the target's pass, and of neither model's
+    """
+
+    num_tokens: int
+    num_spans: int
+    num_emitted: int
+    num_nodes: int
+    passes: Sequence[Pass]
+    target_s: float
+    host_s: float
+
+
+@dataclass(slots=True)
+class _Goodput:
+    """Tokens and seconds of past steps of about one batch size, the older the less."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: float, seconds: float) -> None:
+        self.tokens = self.tokens * _FADE + tokens
+        self.seconds = self.seconds * _FADE + seconds
+
+
+class Controller:
+    """Sets the prices of each step, and learns from it what steps cost and bring.
+
+    target    seconds of the target's steps
+    drafters  the same for each drafter, None for those without a model
+    """
+
+    def __init__(self, target: StepTimes, drafters: Sequence[StepTimes | None]) -> None:
+        self.target = target
+        self.drafters = list(drafters)
+        self._host = np.array(_HOST_S)
+        self._goodput: dict[int, _Goodput] = {}
+        self._num_plain = 0  # steps in a row without a drafted node
+
+    def prices(self, num_tokens: int, num_spans: int, stop: int) -> Prices:
+        """What this step's nodes and rounds must be worth.
+
+        num_tokens  the target computes anyway: prompt chunks and roots, in num_spans sequences
+        stop        drafted nodes there may be, plus one
+        """
+        rate = self.goodput(num_tokens, num_spans)
+        if self._num_plain % _PROBE_EVERY == _PROBE_EVERY - 1:
+            rate *= _PROBE_DISCOUNT
+        _, _, node_s, round_s = self._host
+        table = self.target.table(num_tokens + stop, num_spans)
+        totals = table[num_tokens:] - table[num_tokens] + node_s * np.arange(stop)
+        hull = self.target.hull(num_tokens + stop + 1, num_spans)
+        slopes = np.maximum(0.0, np.diff(hull[num_tokens:])) + node_s
+        rounds = [
+            rate * (round_s + self._pass_s(source, stop, num_spans))
+            for source in range(len(self.drafters))
+        ]
+        return Prices(rate * slopes, rate * totals, rounds)
+
+    def goodput(self, num_tokens: int, num_spans: int) -> float:
+        """λ, tokens per second: what steps of this size brought, at least what plain ones do."""
+        plain = num_spans / self._step_s(num_tokens, num_spans, 0, [])
+        known = self._goodput.get(_bucket(num_spans))
+        if known is None or known.seconds == 0:
+            return plain
+        return max(plain, known.tokens / known.seconds)
+
+    def observe(self, load: StepLoad, *, decoding_only: bool) -> None:
+        """Learn from a step.
+
+        decoding_only  nobody's prompt was computed: only such steps tell what decoding brings
+        """
+        for each in load.passes:
+            times = self.drafters[each.source]
+            if times is not None and not each.is_first:
+                times.observe(each.num_nodes, each.seconds, each.num_spans)
+        if not decoding_only:
+            return
+        self._num_plain = 0 if load.num_nodes else self._num_plain + 1
+        self.target.observe(load.num_tokens, load.target_s, load.num_spans)
+        self._learn_host(load)
+        # Seconds as the model has them, so that a busy machine does not look like a bad tree.
+        seconds = self._step_s(load.num_tokens, load.num_spans, load.num_nodes, load.passes)
+        goodput = self._goodput.setdefault(_bucket(load.num_spans), _Goodput())
+        goodput.add(load.num_emitted, seconds)
+
+    def _step_s(
+        self,
+        num_tokens: int,
+        num_spans: int,
+        num_nodes: int,
+        passes: Sequence[Pass],
+    ) -> float:
+        drafting = sum(map(self.pass_s, passes))
+        host = float(self._host @ (1.0, num_spans, num_nodes, len(passes)))
+        return self.target.seconds(num_tokens, num_spans) + drafting + host
+
+    def pass_s(self, one: Pass) -> float:
+        """What a pass costs by the model of times, in seconds."""
+        times = self.drafters[one.source]
+        if times is None:
+            return _FREE_PASS_S * one.num_nodes
+        return times.seconds(one.num_nodes, one.num_spans)
+
+    def _pass_s(self, source: int, stop: int, num_spans: int) -> npt.NDArray[np.float64]:
+        """[stop] seconds of a drafter's pass over 0, 1, … nodes of up to so many sequences."""
+        times = self.drafters[source]
+        nodes = np.arange(stop, dtype=np.float64)
+        if times is None:
+            return _FREE_PASS_S * nodes
+        spans = np.minimum(nodes, num_spans)
+        seconds: npt.NDArray[np.float64] = times.table(stop) + times.span_s * np.maximum(
+            0, spans - 1
+        )
+        return seconds
+
+    def _learn_host(self, load: StepLoad) -> None:
+        """Follow the host's seconds by normalised least mean squares, one costly step at a time."""
+        features = np.array([1.0, load.num_spans, load.num_nodes, len(load.passes)])
+        expected = float(self._host @ features)
+        missing = min(load.host_s, 3 * expected) - expected  # a busy moment is no cost
+        shares = features * self._host / expected  # blame in proportion to what each costs now
+        self._host *= np.exp(_HOST_RATE * shares * missing / expected)
+
+
+def _bucket(num_spans: int) -> int:
+    """Batch sizes that share what is known: powers of two, halved once."""
+    return round(2 * math.log2(num_spans))
+
+
+@dataclass(slots=True)
+class Arm:
+    """One choice of drafters: what it brought."""
+
+    total: float = 0.0
+    count: float = 0.0
+
+
+@dataclass(slots=True)
+class DrafterChoice:
+    """Which drafters are worth their time for one sequence: a bandit over measured goodput (SPIN).
+
+    Arms are each drafter alone and all together; the reward of a step is its accepted tokens less
+    the price of its passes. What other sequences saw of an arm is where a new one starts.
+
+    arms    the drafters of each
+    common  what all sequences saw of each arm
+    source  SPIN (arXiv 2503.15921); upper confidence bounds (Auer et al. 2002)
+    """
+
+    arms: Sequence[tuple[int, ...]]
+    common: Sequence[Arm]
+    own: Sequence[Arm]
+
+    @classmethod
+    def among(
+        cls, arms: Sequence[tuple[int, ...]], known: dict[tuple[int, ...], Arm]
+    ) -> "DrafterChoice":
+        """A new sequence's choice; `known` keeps what all sequences saw."""
+        common = [known.setdefault(arm, Arm()) for arm in arms]
+        return cls(arms, common, [Arm() for _ in arms])
+
+    def choose(self) -> tuple[int, ...]:
+        """The drafters of the next step, from past steps alone."""
+        return self.arms[self._best()]
+
+    def learn(self, sources: Sequence[int], reward: float) -> None:
+        """Count a step: accepted tokens less the price of the drafters' passes, in tokens."""
+        index = self.arms.index(tuple(sources))
+        for arm in (self.own[index], self.common[index]):
+            arm.total += reward
+            arm.count += 1.0
+
+    def _best(self) -> int:
+        bounds: list[float] = []
+        rounds = sum(arm.count for arm in self.own) + 2.0
+        for own, common in zip(self.own, self.common, strict=True):
+            if common.count == 0:
+                return len(bounds)  # nobody has tried it
+            prior = common.total / common.count
+            mean = (own.total + 2.0 * prior) / (own.count + 2.0)
+            bounds.append(mean + math.sqrt(0.5 * math.log(rounds) / (own.count + 2.0)))
+        return int(np.argmax(bounds))
+
+
+def choices_of(drafters: Sequence[int], others: Sequence[int]) -> list[tuple[int, ...]]:
+    """The arms: each model alone and all together, always with the sources that cost nothing."""
+    if len(drafters) < 2:
+        return [(*drafters, *others)]
+    return [*((each, *others) for each in drafters), (*drafters, *others)]
+
+
+def urgency(goal_s: float | None, elapsed_s: float, num_tokens: int, step_s: float) -> float:
+    """What a token is worth to a sequence with a goal of seconds per output token.
+
+    1 for those without a goal; above 1 (up to 4) for those that will be late after the next step,
+    below 1 (down to 1/4) for those that are early.
+    source  SpecServe (arXiv 2503.05096), AdaServe (arXiv 2501.12162), in kind
+    """
+    if goal_s is None:
+        return 1.0
+    pace = (elapsed_s + step_s) / (num_tokens + 1)
+    return min(4.0, max(0.25, (pace / goal_s) ** 2))
