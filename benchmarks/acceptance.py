@@ -15,10 +15,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +25,23 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.counts import Counts, Interval
-from benchmarks.paper_tables import NUM_RANKS, VERIFIERS, count_ranks, count_sampled
+from benchmarks.paper_tables import NUM_RANKS, VERIFIERS
 from benchmarks.prompts import DATA, OUTSIDE
+from benchmarks.runs import Results, run
 from benchmarks.settings import (
     BASE,
     IN_DOMAIN,
     OURS,
     SETTINGS,
+    WIDTHS,
     Case,
-    Counted,
     Inputs,
-    count,
     fixed_tree,
 )
 from specinfer.errors import ConfigError
 
 PROMPTS = 120
 """What the bars and the paper's tables are measured on."""
-
-WIDTHS = {k: 2 + 6 * k for k in range(1, 6)}
-"""Nodes of SpecInfer's shape by k."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,82 +100,6 @@ BARS = (
     Bar(OURS, "chain", 0.0, 8, 1.1),
 )
 LEAST_MULTI_STEP = 1.2
-
-
-@dataclass(slots=True)
-class Results:
-    """Everything that was counted: by case, and for the paper's tables."""
-
-    cases: dict[Case, Counted] = field(default_factory=dict)
-    ranks: dict[float, list[Counts]] = field(default_factory=dict)
-    sampled: dict[int, dict[str, Counts]] = field(default_factory=dict)
-
-    def ratio(self, case: Case, base: Case) -> Interval | None:
-        """Tokens per step of one over another's, where both were counted."""
-        if case not in self.cases or base not in self.cases:
-            return None
-        return self.cases[case].steps.ratio(self.cases[base].steps)
-
-
-# --- running --------------------------------------------------------------------------------------
-
-
-def run(
-    cases: Sequence[Case],
-    inputs: Inputs,
-    *,
-    paper_prompts: int = 0,
-    processes: int = 1,
-    say: Callable[[str], None] = lambda message: None,
-) -> Results:
-    """Count every case and, on `paper_prompts` prompts, the paper's tables 1 and 3.
-
-    processes  each computes with one thread; 1: everything here
-    """
-    results = Results()
-    laws: dict[tuple[object, ...], Case] = {}
-    for case in cases:
-        laws.setdefault(case.law, case)
-    jobs: dict[tuple[str, Any], tuple[Any, ...]] = {}
-    if paper_prompts:
-        for k in (5, 3):
-            rest = (paper_prompts, SETTINGS[BASE], WIDTHS[k])
-            jobs["sampled", k] = (count_sampled, inputs, IN_DOMAIN, *rest)
-        for temperature in (1.0, 0.0):
-            jobs["ranks", temperature] = (
-                count_ranks, inputs, IN_DOMAIN, paper_prompts, temperature,
-            )  # fmt: skip
-    for case in laws.values():
-        jobs["cases", case] = (count, case, inputs)
-    start = time.perf_counter()
-    counted: dict[Case, Counted] = {}
-    parts: dict[str, Any] = {
-        "cases": counted, "ranks": results.ranks, "sampled": results.sampled,
-    }  # fmt: skip
-    for number, ((part, key), found) in enumerate(_run_all(jobs, processes), start=1):
-        parts[part][key] = found
-        seconds = time.perf_counter() - start
-        say(f"{number} of {len(jobs)}, {seconds:.0f} s: {part} {key}")
-    results.cases = {case: counted[laws[case.law]] for case in cases}
-    return results
-
-
-def _run_all(
-    jobs: dict[tuple[str, Any], tuple[Any, ...]], processes: int
-) -> Iterable[tuple[tuple[str, Any], Any]]:
-    """(key, what its function returned) of every job, as they end."""
-    if processes == 1:
-        yield from ((key, job[0](*job[1:])) for key, job in jobs.items())
-        return
-    os.environ["OMP_NUM_THREADS"] = "1"  # the processes' threads; torch here has its own by now
-    with ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        futures: dict[Future[Any], tuple[str, Any]] = {
-            pool.submit(*job): key for key, job in jobs.items()
-        }
-        for future in as_completed(futures):
-            yield futures[future], future.result()
 
 
 # --- telling --------------------------------------------------------------------------------------
@@ -384,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Inputs(args.model, args.drafter, args.data),
         paper_prompts=num_prompts,
         processes=args.processes,
+        kept=args.counted,
         say=lambda message: print(message, file=sys.stderr),
     )
     content: dict[str, Any] = {
@@ -424,6 +343,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", type=Path, default=DATA, help="a folder like tests/data")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--counted",
+        type=Path,
+        metavar="FILE",
+        help="keep counts here as they come, and count nothing again that it has: same code only",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     return parser

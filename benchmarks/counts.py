@@ -5,7 +5,6 @@ prompts. All of them use the same draws, so ratios of two systems on the same pr
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +43,17 @@ class Counts:
         """Nothing counted yet."""
         return cls(np.zeros(num_prompts), np.zeros(num_prompts))
 
+    @classmethod
+    def parse(cls, text: str) -> "Counts":
+        """What `str` wrote."""
+        pairs = [each.split("/") for each in text.split()]
+        return cls(*np.array(pairs, np.float64).reshape(-1, 2).T.copy())
+
+    def __str__(self) -> str:
+        """Part/whole of each prompt."""
+        pairs = zip(self.parts, self.wholes, strict=True)
+        return " ".join(f"{part:.12g}/{whole:.12g}" for part, whole in pairs)
+
     def add(self, prompt: int, part: float, whole: float = 1.0) -> None:
         """Count something for one prompt."""
         self.parts[prompt] += part
@@ -64,11 +74,6 @@ class Counts:
         with np.errstate(invalid="ignore"):  # a draw of prompts that counted nothing
             rates: Numbers = (weights @ self.parts) / (weights @ self.wholes)
         return rates
-
-
-def add_counts(counts: Sequence[Counts]) -> Counts:
-    """The same prompts' counts, together."""
-    return Counts(sum(each.parts for each in counts), sum(each.wholes for each in counts))  # type: ignore[arg-type]
 
 
 @functools.cache

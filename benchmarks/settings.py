@@ -76,6 +76,9 @@ SETTINGS = {
 }
 OURS, BASE = "ours", "SpecInfer"
 
+WIDTHS = {k: 2 + _WIDE * k for k in range(1, 6)}
+"""Nodes of SpecInfer's shape by k."""
+
 
 def fixed_tree(k: int) -> str:
     """SpecInfer's shape with k children at the third level."""

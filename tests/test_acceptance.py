@@ -9,16 +9,18 @@ import pytest
 import torch
 
 from benchmarks import acceptance
-from benchmarks.acceptance import BARS, GRIDS, WIDTHS, Results, bar_rows, case_rows, main, run
+from benchmarks.acceptance import BARS, GRIDS, bar_rows, case_rows, main
 from benchmarks.counts import Counts
 from benchmarks.exactness import plain_logits
 from benchmarks.paper_tables import count_ranks, count_sampled, tree_laws
+from benchmarks.runs import Job, Results, read_line, run
 from benchmarks.settings import (
     DEPTH,
     DRAFTER,
     IN_DOMAIN,
     SETTINGS,
     TARGET,
+    WIDTHS,
     Case,
     Counted,
     Inputs,
@@ -146,7 +148,7 @@ def test_a_target_finds_its_own_tokens_first() -> None:
 
 
 def test_a_target_accepts_all_of_its_own_draws_by_multi_step_sampling() -> None:
-    counts = count_sampled(tiny(drafter=TARGET), IN_DOMAIN, 2, SETTINGS["SpecInfer"], 8)
+    counts = count_sampled(tiny(96, drafter=TARGET), IN_DOMAIN, 2, SETTINGS["SpecInfer"], 8)
     assert counts["multi-step"].rate().value > 8.9  # all 8 and one more, but for rounding
     assert counts["traversal"].rate().value > 8.9
     assert counts["naive"].rate().value < 8.0
@@ -186,6 +188,7 @@ def test_the_program_writes_what_it_shows(
     assert "2 of 2" in captured.err
 
 
+@pytest.mark.slow
 def test_processes_count_the_same() -> None:
     cases = [Case(name, 0.0, 8, 2) for name in ("ours", "calibrated picks")]
     here, there = run(cases, tiny()), run(cases, tiny(), processes=2)
@@ -198,3 +201,22 @@ def test_a_plot_without_matplotlib_says_how_to_get_it(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"pip install 'specinfer\[bench\]'"):
         main(["--plot", "never.png"])
+
+
+def test_what_was_counted_is_kept_and_not_counted_again(tmp_path: Path) -> None:
+    kept, case = tmp_path / "counted.jsonl", Case("ours", 0.0, 8, 2)
+    first = run([case], tiny(), kept=kept)
+    said: list[str] = []
+    again = run([case, Case("SpecExec", 0.0, 8, 2)], tiny(), kept=kept, say=said.append)
+    assert again.cases[case].steps.parts.tolist() == first.cases[case].steps.parts.tolist()
+    assert len(said) == 1
+    assert len(kept.read_text(encoding="utf-8").splitlines()) == 2
+
+
+@pytest.mark.parametrize("part", ["ranks", "sampled"])
+def test_counts_survive_being_written(part: str) -> None:
+    counts = Counts(np.array([3.0, 0.0]), np.array([7.0, 0.0]))
+    found = [counts] if part == "ranks" else {"naive": counts}
+    job, again = read_line(Job(part, 1, 2).line(found))
+    assert job == Job(part, 1, 2)
+    assert str(again[0] if part == "ranks" else again["naive"]) == "3/7 0/0"
