@@ -105,10 +105,11 @@ def run(
     laws: dict[tuple[object, ...], Case] = {}
     for case in cases:
         laws.setdefault(case.law, case)
-    jobs = [Job("cases", case, case.num_prompts) for case in laws.values()]
-    if paper_prompts:
+    jobs = []
+    if paper_prompts:  # they take longest, so they go first
         jobs += [Job("sampled", k, paper_prompts) for k in SAMPLED]
         jobs += [Job("ranks", temperature, paper_prompts) for temperature in (0.0, 1.0)]
+    jobs += [Job("cases", case, case.num_prompts) for case in laws.values()]
     found: dict[Job, Any] = {}
     if kept is not None and kept.exists():
         lines = kept.read_text(encoding="utf-8").splitlines()
