@@ -39,6 +39,7 @@ def chat(
 
         typer.echo(f"{asked.loading.model}: {_HELP}", err=True)
     _Chat(llm, params, is_terminal=is_terminal, has_stats=stats).run()
+    asked.keep(llm)
 
 
 class _Chat:

@@ -71,6 +71,7 @@ def generate(
         if not json:
             typer.echo()
     took = timing(llm, time.perf_counter() - start)
+    asked.keep(llm)
     if json:
         for each, output in zip(prompts, outputs, strict=True):
             print_json(to_object(output) | {"prompt": each} | ({} if lines else {"time": took}))

@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from functools import wraps
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -22,6 +23,7 @@ from typing import (
 
 import typer
 
+from specinfer.cli.report import check_writable
 from specinfer.config import EngineConfig, Speculation, read_speculative_config
 from specinfer.errors import ConfigError
 from specinfer.request import UNBUILT_FIELDS, SamplingParams
@@ -39,8 +41,11 @@ class Loading:
 
     model               a Hugging Face id, a folder, or zoo:NAME
     drafter             the same, sharing the model's tokenizer; may be repeated; "none" for plain
-                        decoding (the default for any model but zoo:parley)
+                        decoding (the default for any model but zoo:parley);
+                        "ngram" needs no model
     speculative_config  vLLM's JSON: model, num_speculative_tokens, speculative_token_tree
+    calibration         a file for what is learnt of acceptance: read if it exists, and written at
+                        the end
     dtype               auto (the checkpoint's), bfloat16, float16 or float32
     device              auto, cpu or cuda
     """
@@ -48,6 +53,7 @@ class Loading:
     model: str = DEFAULT_MODEL
     drafter: Sequence[str] = (DEFAULT_DRAFTER,)
     speculative_config: str | None = None
+    calibration: str | None = None
     dtype: str = "auto"
     device: str = "auto"
 
@@ -58,6 +64,10 @@ _GROUPS: tuple[tuple[str, type], ...] = (
     ("Speculation", Speculation),
     ("Engine", EngineConfig),
 )
+_FLAG_TYPES: dict[str, Any] = {"prediction": str}
+_NO_FLAGS = ("speculation",)
+"""A request's own speculation: on the command line there is one request, and flags of its parts."""
+
 _RENAMED: dict[tuple[type, str], str] = {(EngineConfig, "seed"): "engine_seed"}
 
 
@@ -92,6 +102,8 @@ class Asked:
             for _, group in _GROUPS
         }
         loading = Loading(**values[Loading])
+        if loading.calibration is not None:
+            check_writable(Path(loading.calibration))
         speculation = Speculation(**values[Speculation])
         # Refuses before a model is loaded; here max_tokens defaults to the rest of the context.
         SamplingParams(**({"max_tokens": None} | values[SamplingParams]))
@@ -125,8 +137,14 @@ class Asked:
             speculation=self.speculation,
             dtype=self.loading.dtype,
             device=self.loading.device,
+            calibration=self.loading.calibration,
             **{each.name: getattr(self.engine, each.name) for each in fields(EngineConfig)},
         )
+
+    def keep(self, llm: "LLM") -> None:
+        """Write what was learnt where --calibration says; nothing without it."""
+        if self.loading.calibration is not None:
+            llm.save_calibration()
 
     def params(self, llm: "LLM") -> SamplingParams:
         """The model's own defaults under what was given; max_tokens: the rest of the context."""
@@ -151,7 +169,8 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def shown(group: type) -> list[Field[Any]]:
     """The fields that become flags: those that are built."""
-    return [each for each in fields(group) if each.name not in UNBUILT_FIELDS]
+    hidden = (*UNBUILT_FIELDS, *_NO_FLAGS)
+    return [each for each in fields(group) if each.name not in hidden]
 
 
 def read_help(group: type) -> dict[str, str]:
@@ -187,7 +206,7 @@ def _flag_names(group: type) -> dict[str, str]:
 def _parameter(group: type, panel: str, field: Field[Any]) -> inspect.Parameter:
     name = _flag_names(group)[field.name]
     flag = "--" + name.replace("_", "-")
-    kind = _flag_type(get_type_hints(group)[field.name])
+    kind = _FLAG_TYPES.get(field.name) or _flag_type(get_type_hints(group)[field.name])
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if field.default is True else flag,
         help=_escape(_help(group, field)),

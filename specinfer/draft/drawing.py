@@ -96,6 +96,8 @@ class Drawing:
 
     A slot's key is its value over its request's threshold. Thresholds come from past trees (or are
     1 where there are prices): were they set by what this tree turns out to be, laws would shift.
+    So does the number of nodes that prices are read at until the last round: the first nodes of a
+    step are cheap, and would go to the root's siblings before anything deeper is known.
     """
 
     def __init__(
@@ -103,16 +105,16 @@ class Drawing:
         growths: Sequence[Growth],
         values: Values,
         prices: Prices | None,
-        thresholds: dict[tuple[Regime, int, int], float],
+        past: "PastDraws",
     ) -> None:
         self._values = values
         self._prices = prices
-        self._thresholds = thresholds
+        self._past = past
         self._trees: dict[int, _DrawnTree] = {}
         for index, growth in enumerate(growths):
             if growth.draw != "pick":
                 draft = growth.draft(TokenTree(growth.tokens[-1]))
-                threshold = self._thresholds.get(_size(growth), 1.0 / growth.max_nodes)
+                threshold = past.thresholds.get(_size(growth), 1.0 / growth.max_nodes)
                 if prices is not None:
                     threshold = 1.0
                 self._trees[index] = _DrawnTree(growth, draft, threshold)
@@ -129,10 +131,12 @@ class Drawing:
 
     @property
     def price(self) -> float:
-        """What one more node costs now."""
+        """What one more node is expected to cost when all rounds are over."""
         if self._prices is None:
             return 0.0
-        return float(self._prices.nodes[min(self.num_nodes, len(self._prices.nodes) - 1)])
+        usual = sum(self._past.sizes.get(tree.growth.regime, 0.0) for tree in self._trees.values())
+        num_nodes = max(self.num_nodes, round(usual))
+        return float(self._prices.nodes[min(num_nodes, len(self._prices.nodes) - 1)])
 
     def frontier(self, num_rounds: int) -> list[Candidate]:
         """The best nodes of each request that are not expanded yet."""
@@ -181,13 +185,15 @@ class Drawing:
         self._draw(fill=False)
 
     def finish(self) -> dict[int, Grown]:
-        """Where the size is given, fill up with the next-best slots; learn the thresholds."""
+        """Fill up with the next-best slots, and learn from the sizes."""
         for tree in self._trees.values():
             tree.num_before_fill = tree.draft.tree.num_drafted
-        if self._prices is None:
-            self._draw(fill=True)
-            for tree in self._trees.values():
-                self._learn(tree)
+        self._draw(fill=True)
+        for tree in self._trees.values():
+            if self._prices is None:
+                self._past.learn_threshold(tree)
+            else:
+                self._past.learn_size(tree)
         return {
             index: Grown(
                 tree.draft.tree,
@@ -202,11 +208,14 @@ class Drawing:
 
     def _draw(self, *, fill: bool) -> None:
         num_nodes = self.num_nodes
+        price = 1.0 if self._prices is None else self.price
         while self._heap:
-            price = 1.0
             if self._prices is not None:
-                price = float(self._prices.nodes[min(num_nodes, len(self._prices.nodes) - 1)])
-            if not fill and -self._heap[0][0] < price:
+                now = float(self._prices.nodes[min(num_nodes, len(self._prices.nodes) - 1)])
+                price = now if fill else max(now, price)
+            elif fill:
+                price = 0.0
+            if -self._heap[0][0] < price:
                 return
             _, _, index, node, source = heapq.heappop(self._heap)
             tree = self._trees[index]
@@ -264,13 +273,29 @@ class Drawing:
         self._order += 1
         heapq.heappush(self._heap, (-key, self._order, index, place.node, source))
 
-    def _learn(self, tree: _DrawnTree) -> None:
+
+class PastDraws:
+    """What past drawn trees teach the next ones about their size.
+
+    thresholds  per regime and size, the value a slot must have where the size is given
+    sizes       per regime, nodes a tree had where prices set its size
+    """
+
+    def __init__(self) -> None:
+        self.thresholds: dict[tuple[Regime, int, int], float] = {}
+        self.sizes: dict[Regime, float] = {}
+
+    def learn_threshold(self, tree: _DrawnTree) -> None:
         """Set the next trees' threshold: about a tenth of their nodes should be left to fill."""
-        growth = tree.growth
-        left = 1.0 - tree.num_before_fill / growth.max_nodes
+        left = 1.0 - tree.num_before_fill / tree.growth.max_nodes
         change = 1.05 if left == 0 else 1.0 - 0.1 * max(0.0, left - 0.1)
-        threshold = tree.threshold * change
-        self._thresholds[_size(growth)] = min(0.9, max(1e-3, threshold))
+        self.thresholds[_size(tree.growth)] = min(0.9, max(1e-3, tree.threshold * change))
+
+    def learn_size(self, tree: _DrawnTree) -> None:
+        """Follow the number of nodes."""
+        size, regime = tree.draft.tree.num_drafted, tree.growth.regime
+        usual = self.sizes.get(regime, float(size))
+        self.sizes[regime] = usual + 0.1 * (size - usual)
 
 
 def _size(growth: Growth) -> tuple[Regime, int, int]:

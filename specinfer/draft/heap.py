@@ -8,8 +8,8 @@ value what was guessed after them (draft/rounds.py). Picked slots (draft/picking
 from collections.abc import Sequence
 
 from specinfer.draft.base import Drafter
-from specinfer.draft.calibration import Calibration, Regime
-from specinfer.draft.drawing import Drawing
+from specinfer.draft.calibration import Calibration
+from specinfer.draft.drawing import Drawing, PastDraws
 from specinfer.draft.growth import Grown, Growth
 from specinfer.draft.picking import Picking
 from specinfer.draft.rounds import Prices, Rounds, Values
@@ -26,7 +26,7 @@ class HeapBuilder:
     def __init__(self, calibration: Calibration | None = None) -> None:
         self.calibration = calibration
         self.prices: Prices | None = None
-        self._thresholds: dict[tuple[Regime, int, int], float] = {}
+        self._past = PastDraws()
 
     def grow(self, growths: Sequence[Growth], drafters: Sequence[Drafter]) -> list[Grown]:
         """See `Builder.grow`.
@@ -37,7 +37,7 @@ class HeapBuilder:
         prices = self.prices
         values = Values(self.calibration, drafters)
         picking = Picking(growths, values, prices)
-        drawing = Drawing(growths, values, prices, self._thresholds)
+        drawing = Drawing(growths, values, prices, self._past)
         rounds = Rounds(growths, drafters, picking.drafts | drawing.drafts, values, prices)
         while True:
             price = max(picking.price(drawing.num_nodes), drawing.price)
