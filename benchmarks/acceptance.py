@@ -303,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         paper_prompts=num_prompts,
         processes=args.processes,
         kept=args.counted,
+        stop=args.stop,
         say=lambda message: print(message, file=sys.stderr),
     )
     content: dict[str, Any] = {
@@ -349,6 +350,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="keep counts here as they come, and count nothing again that it has: same code only",
     )
+    parser.add_argument("--stop", action="store_true", help="tell what --counted has, and no more")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     return parser

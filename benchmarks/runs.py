@@ -95,12 +95,14 @@ def run(
     paper_prompts: int = 0,
     processes: int = 1,
     kept: Path | None = None,
+    stop: bool = False,
     say: Callable[[str], None] = lambda message: None,
 ) -> Results:
     """Count every case and, on `paper_prompts` prompts, the paper's tables 1 and 3.
 
     processes  each computes with one thread; 1: everything here
     kept       a file of earlier counts of the same code, to be taken over and added to
+    stop       count nothing more: results are those of `kept` alone
     """
     laws: dict[tuple[object, ...], Case] = {}
     for case in cases:
@@ -114,7 +116,7 @@ def run(
     if kept is not None and kept.exists():
         lines = kept.read_text(encoding="utf-8").splitlines()
         found = {job: each for job, each in map(read_line, lines) if job in jobs}
-    left = [job for job in jobs if job not in found]
+    left = [] if stop else [job for job in jobs if job not in found]
     start = time.perf_counter()
     for number, (job, each) in enumerate(_run_all(left, inputs, processes), start=1):
         found[job] = each
@@ -125,11 +127,12 @@ def run(
         say(f"{number} of {len(left)}, {seconds:.0f} s: {job.part} {job.key}")
     results = Results()
     for job in jobs:
-        if job.part != "cases":
+        if job.part != "cases" and job in found:
             getattr(results, job.part)[job.key] = found[job]
     for case in cases:
-        first = laws[case.law]
-        results.cases[case] = found[Job("cases", first, first.num_prompts)]
+        job = Job("cases", laws[case.law], case.num_prompts)
+        if job in found:
+            results.cases[case] = found[job]
     return results
 
 

@@ -207,6 +207,7 @@ def test_what_was_counted_is_kept_and_not_counted_again(tmp_path: Path) -> None:
     kept, case = tmp_path / "counted.jsonl", Case("ours", 0.0, 8, 2)
     first = run([case], tiny(), kept=kept)
     said: list[str] = []
+    assert run([Case("chain", 0.0, 8, 2)], tiny(), kept=kept, stop=True).cases == {}
     again = run([case, Case("SpecExec", 0.0, 8, 2)], tiny(), kept=kept, say=said.append)
     assert again.cases[case].steps.parts.tolist() == first.cases[case].steps.parts.tolist()
     assert len(said) == 1
