@@ -113,8 +113,8 @@ class Speculation:
     draft_temperature  the drafters' temperature; None: the request's own
     control            who sets the length of a chain in each step: "auto" (nobody; prices set the
                        size of tree="auto"), or, to be measured against, "gammatune" | "smartspec"
-    draw               how slots are drawn: "auto" (picks when greedy, seeded, matched or no
-                       warmer than 0.05, else without replacement) | "iid" | "without-replacement" | "pick"
+    draw               how slots are drawn: "auto" (picks when greedy, seeded, matched or no warmer
+                       than 0.05, else without replacement) | "iid" | "without-replacement" | "pick"
     """
 
     tree: str = "auto"

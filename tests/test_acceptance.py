@@ -93,7 +93,8 @@ def test_cases_of_one_law_are_counted_once() -> None:
 
     assert same("DySpec", "SpecExec", 0.0)
     assert not same("DySpec", "SpecExec", 0.3)
-    assert same("ours", "calibrated picks", 0.3)
+    assert same("ours", "calibrated picks", 0.0)
+    assert same("ours", "calibrated drawn", 0.3)
     assert same("ours", "calibrated drawn", 0.6)
     assert not same("ours", "calibrated topdown", 0.6)
     assert Case("ours", 0.0, 8, 1).law != Case("ours", 0.0, 16, 1).law

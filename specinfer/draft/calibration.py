@@ -317,7 +317,7 @@ def _bundled() -> dict[str, Any]:
 
 
 def _rounded(counts: Rates) -> list[Any]:
-    return np.round(counts, 3).tolist()  # type: ignore[no-any-return]
+    return np.round(counts, 5).tolist()  # type: ignore[no-any-return]
 
 
 def _counts(values: Any, shape: tuple[int, ...]) -> Rates:
