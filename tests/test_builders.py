@@ -338,7 +338,8 @@ def anything(seed: int) -> tuple[str, str, Make, list[Request]]:
     _, drafters = sources(mix, "dense", seed)
     calibration = learnt(seed) if rng.random() < 0.7 else None
     threshold = float(10 ** rng.uniform(-3, -0.05))
-    usual = dict.fromkeys(REGIMES, float(rng.uniform(0, 5)))
+    past = np.random.default_rng([seed, 8])
+    usual = dict.fromkeys(REGIMES, float(past.uniform(0, 5)))
     priced = prices(seed, len(drafters))
 
     def make() -> HeapBuilder:
@@ -360,7 +361,7 @@ def anything(seed: int) -> tuple[str, str, Make, list[Request]]:
                 key=key,
                 sources=chosen,
                 urgency=float(np.exp(rng.normal())),
-                surprise=float(rng.uniform(-0.5, 0.5)),
+                surprise=float(past.uniform(-0.5, 0.5)),
             )
         )
     return KINDS[seed % len(KINDS)], mix, make, requests[: 1 + (seed % 4 > 0)]
