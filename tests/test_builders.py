@@ -328,7 +328,7 @@ def prices(seed: int, num_drafters: int) -> Prices | None:
         nodes = np.repeat(nodes[::4], 4)  # as buckets have it
     totals = np.concatenate(([0.0], np.cumsum(nodes[:-1])))
     passes = [np.sort(rng.exponential(scale, 16)) * rng.random() for _ in range(num_drafters)]
-    return Prices(nodes, totals, passes)
+    return Prices(nodes, totals, passes, [2 * each for each in passes])
 
 
 def anything(seed: int) -> tuple[str, str, Make, list[Request]]:

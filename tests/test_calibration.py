@@ -125,14 +125,14 @@ def test_gains_expect_what_first_slots_have_been_worth() -> None:
             return 1.0
 
     reaches = np.array([1.0, 0.5, 0.1])
-    gains = values.gains(0, Asking(), reaches, 0.2)  # type: ignore[arg-type]
+    gains = values.gains(0, [Asking()] * 3, reaches, 0.2)  # type: ignore[list-item]
     shares, rates = table.after.first_slots
     expected = [sum(shares * np.maximum(0, reach * rates - 0.2)) for reach in reaches]
     np.testing.assert_allclose(gains, expected, rtol=1e-12)
     assert gains[0] > gains[1] > 0
     free = Values(None, [Named()])  # type: ignore[list-item]
     np.testing.assert_allclose(
-        free.gains(0, Asking(), reaches, 0.2),  # type: ignore[arg-type]
+        free.gains(0, [Asking()] * 3, reaches, 0.2),  # type: ignore[list-item]
         [0.8, 0.3, 0.0],
     )
 
@@ -336,10 +336,9 @@ def test_values_take_a_requests_fortune_into_account() -> None:
             return self.own
 
     plain, lucky = Asking(1.0), Asking(3.0)
-    ranks, probabilities = np.array([0, 1, 2]), np.array([0.5, 0.3, 0.9])
-    rates = values.after(0, plain, ranks, probabilities)  # type: ignore[arg-type]
-    better = values.after(0, lucky, ranks, probabilities)  # type: ignore[arg-type]
+    ranks, probabilities = np.array([[0, 1, 2]] * 2), np.array([[0.5, 0.3, 0.9]] * 2)
+    rates, better = values.after(0, [plain, lucky], ranks, probabilities)  # type: ignore[list-item]
     np.testing.assert_allclose(better / (1 - better), 3 * rates / (1 - rates))
-    for rank, probability, expected in zip(ranks, probabilities, better, strict=True):
+    for rank, probability, expected in zip(ranks[0], probabilities[0], better, strict=True):
         one = values.after_one(0, lucky, int(rank), float(probability))  # type: ignore[arg-type]
         assert one == pytest.approx(expected)

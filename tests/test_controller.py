@@ -58,7 +58,7 @@ class Machine:
         """The passes of a step with chains so deep, the target's seconds, and the host's."""
         times = self.drafter
         pass_s = 0.0 if times is None else times.seconds(self.batch, self.batch)
-        passes = [Pass(0, self.batch, self.batch, d == 0, pass_s) for d in range(depth)]
+        passes = [Pass(0, self.batch, self.batch, self.batch, pass_s) for _ in range(depth)]
         step_s, span_s, node_s, round_s = self.host_s
         nodes = self.batch * depth
         host_s = step_s + span_s * self.batch + node_s * nodes + round_s * depth
@@ -82,7 +82,8 @@ class Machine:
         taken = 0.0
         for depth in range(self.depth):
             gain = self.acceptance ** (depth + 1) - prices.nodes[self.batch * depth]
-            if self.batch * gain <= prices.rounds[0][self.batch]:
+            rounds = prices.rounds if depth else prices.first_rounds
+            if self.batch * gain <= rounds[0][self.batch]:
                 return depth
             taken += gain
         return self.depth
@@ -320,21 +321,21 @@ def test_one_busy_moment_of_the_host_changes_little() -> None:
 
 def test_a_drafter_without_a_model_is_nearly_free() -> None:
     controller = Controller(line(*FLAT), [None])
-    assert controller.pass_s(Pass(0, 5, 1, False, 3.0)) == pytest.approx(5 * module._FREE_PASS_S)
+    assert controller.pass_s(Pass(0, 5, 1, 5, 3.0)) == pytest.approx(5 * module._FREE_PASS_S)
     controller.observe(
-        StepLoad(6, 1, 2, 5, [Pass(0, 5, 1, False, 3.0)], 20e-3, 1e-3), decoding_only=True
+        StepLoad(6, 1, 2, 5, [Pass(0, 5, 1, 5, 3.0)], 20e-3, 1e-3), decoding_only=True
     )
-    assert controller.pass_s(Pass(0, 5, 1, False, 3.0)) == pytest.approx(5 * module._FREE_PASS_S)
+    assert controller.pass_s(Pass(0, 5, 1, 5, 3.0)) == pytest.approx(5 * module._FREE_PASS_S)
 
 
 def test_a_drafters_own_passes_correct_its_times() -> None:
-    """Not the first of a step: it may have caught up with committed tokens."""
-    for is_first, factor in ((False, 2.0), (True, 1.0)):
-        controller = Controller(line(*FLAT), [line(1e-3, 0.0)])
-        for _ in range(40):
-            passes = [Pass(0, 1, 1, is_first, 2e-3)]
-            controller.observe(StepLoad(2, 1, 2, 1, passes, 20e-3, 4e-4), decoding_only=True)
-        assert controller.pass_s(Pass(0, 1, 1, False, 0.0)) == pytest.approx(1e-3 * factor, rel=0.1)
+    """By the tokens that were computed, those it had to catch up with too."""
+    controller = Controller(line(*FLAT), [line(1e-3, 0.0)])
+    for _ in range(40):
+        passes = [Pass(0, 1, 1, 64, 9e-3), Pass(0, 1, 1, 1, 2e-3)]
+        controller.observe(StepLoad(2, 1, 2, 1, passes, 20e-3, 4e-4), decoding_only=True)
+    assert controller.pass_s(Pass(0, 1, 1, 1, 0.0)) == pytest.approx(2e-3, rel=0.1)
+    assert controller.pass_s(Pass(0, 1, 1, 64, 0.0)) > 3e-3
 
 
 def test_steps_with_prompts_teach_nothing_of_decoding() -> None:

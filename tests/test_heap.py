@@ -54,7 +54,8 @@ def priced(
     """Each node costs the same, each pass as well."""
     builder = HeapBuilder(calibration)
     nodes = np.full(size, price)
-    builder.prices = Prices(nodes, price * np.arange(size), [np.full(size, rounds)] * 2)
+    passes = [np.full(size, rounds)] * 2
+    builder.prices = Prices(nodes, price * np.arange(size), passes, passes)
     return builder
 
 
@@ -174,7 +175,8 @@ def test_a_source_is_asked_only_where_it_knows_the_parent() -> None:
     builder = priced(0.0)
     assert builder.prices is not None
     dear = np.full(400, 0.9999)
-    builder.prices = Prices(builder.prices.nodes, builder.prices.totals, [np.zeros(400), dear])
+    passes = [np.zeros(400), dear]
+    builder.prices = Prices(builder.prices.nodes, builder.prices.totals, passes, passes)
     for draw in ("pick", "without-replacement"):
         (grown,) = grow([growth(draw, sources=[0, 1], max_nodes=20)], drafters, builder)
         assert len(drafters[1].asked) == 1  # the root was worth it: it is reached for certain
@@ -266,7 +268,7 @@ def test_totals_decide_how_many_picks_are_kept() -> None:
         rng = np.random.default_rng(seed)
         builder = priced(0.0)
         totals = np.cumsum(rng.choice([0.0, 0.5], 400, p=[0.8, 0.2]))
-        builder.prices = Prices(np.zeros(400), totals, [np.zeros(400)])
+        builder.prices = Prices(np.zeros(400), totals, [np.zeros(400)], [np.zeros(400)])
         growths = [growth(key=key, max_nodes=8, urgency=1.0 + key) for key in range(3)]
         grown = grow(growths, [model(seed)], builder)
         free = grow(growths, [model(seed)], priced(0.0))

@@ -41,6 +41,7 @@ class ModelDrafter:
         """
         self.name = name
         self.max_positions = runner.decoder.architecture.max_position_embeddings
+        self.num_fed = 0  # tokens computed in the last pass
         self._runner = runner
         self._vocab_size = vocab_size
         self._max_tokens = max_tokens
@@ -55,6 +56,7 @@ class ModelDrafter:
                 spans.append(self._catch_up(draft, state))
             else:
                 spans.append(self._tree_span(draft, state, nodes))
+        self.num_fed = sum(len(span.tokens) for span in spans)
         logits = self._run(spans)
         for draft, nodes in frontier:  # only now: a pass that fails leaves nothing half-known
             if nodes == [0]:

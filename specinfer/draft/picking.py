@@ -181,11 +181,8 @@ class Picking:
             probabilities, np.maximum(left, probabilities), out=shares, where=probabilities > 0
         )
         ranks: Integers = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-        rates = np.empty_like(shares)
-        for index in set(request.tolist()):
-            own = np.flatnonzero(request == index)
-            growth = self._growths[index]
-            rates[own] = self._values.after(source, growth, ranks[own], shares[own])
+        growths = [self._growths[index] for index in request.tolist()]
+        rates = self._values.after(source, growths, ranks, shares)
         rates = np.where(probabilities > 0, rates, 0.0)
         missed = np.ones_like(rates)
         np.cumprod(1.0 - rates[:, :-1], -1, out=missed[:, 1:])

@@ -9,6 +9,7 @@ the last from learnt tables, or from the drafters' own word.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,11 +38,14 @@ class Prices:
     nodes   [stop] one more drafted node where the step has 0, 1, … of them; never falls
     totals  [stop] 0, 1, … drafted nodes together
     rounds  per drafter, [stop] one more pass over 0, 1, … nodes
+    first_rounds  the same for a step's first pass, in which drafters catch up with what was
+                  committed; all that speculating costs once a step is in it
     """
 
     nodes: Numbers
     totals: Numbers
     rounds: Sequence[Numbers]
+    first_rounds: Sequence[Numbers]
 
 
 class Values:
@@ -52,13 +56,17 @@ class Values:
         self._names = [drafter.name for drafter in drafters]
 
     def after(
-        self, source: int, growth: Growth, ranks: Integers, probabilities: Numbers
+        self, source: int, growths: Sequence[Growth], ranks: Integers, probabilities: Numbers
     ) -> Numbers:
-        """By the probability of the tokens themselves; [...] each."""
+        """By the probability of the tokens themselves; [rows, width], one row per growth."""
         if self._calibration is None:
             return probabilities
-        table = self._calibration.table(self._names[source], growth.regime)
-        return _favoured(table.after.along(ranks, probabilities), growth.odds(source))
+        rates = np.empty_like(probabilities)
+        for regime, rows in _by([growth.regime for growth in growths]).items():
+            table = self._calibration.table(self._names[source], regime)
+            own = slice(None) if len(rows) == len(growths) else rows
+            rates[own] = table.after.along(ranks[own], probabilities[own])
+        return _favoured(rates, self._odds(source, growths)[:, None])
 
     def after_one(self, source: int, growth: Growth, rank: int, probability: float) -> float:
         """The same for one slot."""
@@ -74,24 +82,39 @@ class Values:
         table = self._calibration.table(self._names[source], growth.regime)
         return _favoured_one(table.before.at(rank, largest), growth.odds(source))
 
-    def gains(self, source: int, growth: Growth, reaches: Numbers, price: float) -> Numbers:
+    def gains(
+        self, source: int, growths: Sequence[Growth], reaches: Numbers, price: float
+    ) -> Numbers:
         """What expanding nodes is expected to bring: their first slots' value above the price.
 
-        reaches  [nodes]: the chance that verification comes to the node, times its urgency
+        reaches  [nodes]: the chance that verification comes to the node, times its urgency; one
+                 growth for each
         """
         if self._calibration is None:
             return np.maximum(0.0, reaches - price)
-        table = self._calibration.table(self._names[source], growth.regime)
-        curves = table.after if growth.draw == "pick" else table.before
-        shares, rates = curves.first_slots
-        rates = _favoured(rates, growth.odds(source))
-        worth: Numbers = np.maximum(0.0, reaches[:, None] * rates - price) @ shares
+        odds, worth = self._odds(source, growths), np.empty(len(growths))
+        for (regime, draw), rows in _by([(g.regime, g.draw) for g in growths]).items():
+            table = self._calibration.table(self._names[source], regime)
+            shares, rates = (table.after if draw == "pick" else table.before).first_slots
+            own = _favoured(rates, odds[rows, None])
+            worth[rows] = np.maximum(0.0, reaches[rows, None] * own - price) @ shares
         return worth
 
+    def _odds(self, source: int, growths: Sequence[Growth]) -> Numbers:
+        return np.array([growth.odds(source) for growth in growths])
 
-def _favoured(rates: Numbers, odds: float) -> Numbers:
+
+def _by(kinds: Sequence[Any]) -> dict[Any, list[int]]:
+    """Rows of each kind."""
+    rows: dict[Any, list[int]] = {}
+    for row, kind in enumerate(kinds):
+        rows.setdefault(kind, []).append(row)
+    return rows
+
+
+def _favoured(rates: Numbers, odds: Numbers) -> Numbers:
     """Rates whose odds are multiplied."""
-    return rates if odds == 1.0 else rates * odds / (1.0 - rates + rates * odds)
+    return rates * odds / (1.0 - rates + rates * odds)
 
 
 def _favoured_one(rate: float, odds: float) -> float:
@@ -164,13 +187,12 @@ class Rounds:
         able = [each for each in frontier if self._can_ask(source, each)]
         if self._prices is None or not able:
             return able
-        gains = np.zeros(len(able))
-        for index in {each.index for each in able}:
-            rows = [row for row, each in enumerate(able) if each.index == index]
-            reaches = np.array([able[row].reach for row in rows])
-            gains[rows] = self._values.gains(source, self._growths[index], reaches, price)
+        growths = [self._growths[each.index] for each in able]
+        reaches = np.array([each.reach for each in able])
+        gains = self._values.gains(source, growths, reaches, price)
         order = np.argsort(-gains, kind="stable")
-        costs = self._prices.rounds[source]
+        first = self.num_rounds == 0
+        costs = (self._prices.first_rounds if first else self._prices.rounds)[source]
         order = order[: len(costs) - 1]
         worth = np.cumsum(gains[order]) - costs[1 : len(order) + 1]
         best = int(worth.argmax())

@@ -32,7 +32,7 @@ _PROBE_DISCOUNT = 0.5
 """Where nothing was worth its price for long, a first node of each sequence is priced lower in one
 step of so many: what drafts are worth is only learnt by drafting."""
 
-_HOST_RATE = 0.05
+_HOST_RATE = 0.2
 """How fast the host's costs follow what is measured."""
 
 _HOST_S = (2e-4, 4e-5, 1e-5, 2e-4)
@@ -68,10 +68,13 @@ class _Goodput:
     """Tokens and seconds of past steps of about one batch size, the older the less."""
 
     tokens: float = 0.0
+    spans: float = 0.0
     seconds: float = 0.0
 
-    def add(self, tokens: float, seconds: float) -> None:
+    def add(self, tokens: float, spans: float, seconds: float) -> None:
+        """Count a step."""
         self.tokens = self.tokens * _FADE + tokens
+        self.spans = self.spans * _FADE + spans
         self.seconds = self.seconds * _FADE + seconds
 
 
@@ -113,16 +116,24 @@ class Controller:
         hull = self.target.hull(most, num_spans)[num_tokens : num_tokens + stop + 1]
         totals = rate * (table - table[0] + node_s * np.arange(stop))
         slopes = rate * (np.maximum(0.0, np.diff(hull)) + node_s)
-        rounds = [
-            rate * (round_s + self._passes_s(source, stop, num_spans))
-            for source in range(len(self.drafters))
-        ]
+        sources = range(len(self.drafters))
+        rounds = [rate * (round_s + self._passes_s(s, stop, num_spans, 1.0)) for s in sources]
+        fed = 1.0 + self._accepted(num_spans)
+        first_rounds = [rate * (round_s + self._passes_s(s, stop, num_spans, fed)) for s in sources]
         if self._num_plain and self._num_plain % _PROBE_EVERY == 0:
             # Of one node per sequence: larger probes of a good drafter took 5 % of all time.
             slopes[:num_spans] *= _PROBE_DISCOUNT
             totals -= (1 - _PROBE_DISCOUNT) * totals[np.minimum(np.arange(stop), num_spans)]
             rounds = [_PROBE_DISCOUNT * each for each in rounds]
-        return Prices(slopes, totals, rounds)
+            first_rounds = [_PROBE_DISCOUNT * each for each in first_rounds]
+        return Prices(slopes, totals, rounds, first_rounds)
+
+    def _accepted(self, num_spans: int) -> float:
+        """Tokens per sequence and step that drafters have to catch up with, as of late."""
+        known = self._goodput.get(_bucket(num_spans))
+        if known is None or known.spans == 0:
+            return 0.0
+        return max(0.0, known.tokens / known.spans - 1.0)
 
     def level_times(self, num_spans: int, max_nodes: int) -> tuple[float, npt.NDArray[np.float64]]:
         """What Sequoia's programme weighs: seconds per level of the first drafter, and per step.
@@ -150,29 +161,29 @@ class Controller:
         """
         self._num_steps += 1
         looks = self._num_steps < _SETTLED or self._num_steps % _LOOK_EVERY == 0
+        if not decoding_only:
+            return
         if looks:
             for each in load.passes:
                 times = self.drafters[each.source]
-                if times is not None and not each.is_first:
-                    times.observe(each.num_nodes, each.seconds, each.num_spans)
-        if not decoding_only:
-            return
+                if times is not None:
+                    times.observe(each.num_tokens, each.seconds, each.num_spans)
         self._num_plain = 0 if load.num_nodes else self._num_plain + 1
         self._bucket = _bucket(load.num_spans)
         if looks:
             self.target.observe(load.num_tokens, load.target_s, load.num_spans)
-            self._learn_host(load)
+        self._learn_host(load)
         # Seconds as the model has them, so that a busy machine does not look like a bad tree.
         seconds = self._step_s(load.num_tokens, load.num_spans, load.num_nodes, load.passes)
         goodput = self._goodput.setdefault(self._bucket, _Goodput())
-        goodput.add(load.num_emitted, seconds)
+        goodput.add(load.num_emitted, load.num_spans, seconds)
 
     def pass_s(self, one: Pass) -> float:
         """What a drafter's pass costs by the model of times, in seconds."""
         times = self.drafters[one.source]
         if times is None:
             return _FREE_PASS_S * one.num_nodes
-        return _seconds(times, one.num_nodes, one.num_spans)
+        return _seconds(times, one.num_tokens, one.num_spans)
 
     def _step_s(
         self, num_tokens: int, num_spans: int, num_nodes: int, passes: Sequence[Pass]
@@ -182,16 +193,21 @@ class Controller:
         drafting = sum(map(self.pass_s, passes))
         return _seconds(self.target, num_tokens, num_spans) + drafting + host
 
-    def _passes_s(self, source: int, stop: int, num_spans: int) -> npt.NDArray[np.float64]:
-        """[stop] seconds of a drafter's pass over 0, 1, … nodes of up to so many sequences."""
+    def _passes_s(
+        self, source: int, stop: int, num_spans: int, fed: float
+    ) -> npt.NDArray[np.float64]:
+        """[stop] seconds of a drafter's pass over 0, 1, … nodes of up to so many sequences.
+
+        fed  tokens computed per node
+        """
         times = self.drafters[source]
         nodes = np.arange(stop, dtype=np.float64)
         if times is None:
             return _FREE_PASS_S * nodes
         extra = np.minimum(nodes, num_spans) - 1
-        seconds: npt.NDArray[np.float64] = times.table(_round_up(stop))[
-            :stop
-        ] + times.span_s * np.maximum(0.0, extra)
+        tokens = np.ceil(nodes * fed).astype(np.int64)
+        table = times.table(_round_up(int(tokens[-1]) + 1))
+        seconds: npt.NDArray[np.float64] = table[tokens] + times.span_s * np.maximum(0.0, extra)
         return seconds
 
     def _learn_host(self, load: StepLoad) -> None:

@@ -20,13 +20,13 @@ HOST_PARTS = ("schedule", "grow", "verify", "commit")
 class Pass(NamedTuple):
     """One drafter pass: how many nodes it was asked about, of how many sequences.
 
-    is_first  it may have caught up with committed tokens too
+    num_tokens  computed: the nodes, and committed tokens the drafter had to catch up with
     """
 
     source: int
     num_nodes: int
     num_spans: int
-    is_first: bool
+    num_tokens: int
     seconds: float
 
 
@@ -92,9 +92,9 @@ class TimedDrafter:
         with self._stats.timed("draft"):
             answer = self._drafter.expand(frontier)
         num_nodes = sum(len(nodes) for _, nodes in frontier)
-        is_first = all(nodes == [0] for _, nodes in frontier)
+        num_tokens = getattr(self._drafter, "num_fed", num_nodes)  # drafters without a model: none
         seconds = time.perf_counter() - start
-        self._stats.passes.append(Pass(self._source, num_nodes, len(frontier), is_first, seconds))
+        self._stats.passes.append(Pass(self._source, num_nodes, len(frontier), num_tokens, seconds))
         return answer
 
     def admit(self, accepted: list[tuple[Draft, list[int]]]) -> None:
