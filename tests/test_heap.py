@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from specinfer.draft import picking
 from specinfer.draft.calibration import Calibration
 from specinfer.draft.growth import Grown, Growth
 from specinfer.draft.heap import HeapBuilder
-from specinfer.draft.rounds import LEAST, Prices, Queue
+from specinfer.draft.rounds import LEAST, WIDEST, Prices, Queue
 from specinfer.request import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer.verify import require_lawful
@@ -225,7 +226,10 @@ def all_values(
     return values
 
 
-def test_with_nothing_to_pay_all_that_is_worth_anything_is_kept() -> None:
+def test_with_nothing_to_pay_all_that_is_worth_anything_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(picking, "PRICED_WIDEST", WIDEST)
     drafter = model(3)
     each = growth(max_nodes=200, max_depth=2)
     (grown,) = grow([each], [drafter], priced(0.0))

@@ -13,6 +13,7 @@ from specinfer.draft.calibration import Features
 from specinfer.draft.growth import Grown, Growth, Guesses, likeliest
 from specinfer.draft.rounds import (
     LEAST,
+    PRICED_WIDEST,
     ROWS,
     WIDEST,
     Candidate,
@@ -172,7 +173,8 @@ class Picking:
         assert said.laws is not None
         laws = said.laws if len(places) == len(said.laws) else said.laws[places]
         request = self._pool[parents, _REQUEST].astype(np.int64)
-        width = int(min(WIDEST, self._max_nodes[request].max()))
+        widest = WIDEST if self._prices is None else PRICED_WIDEST
+        width = int(min(widest, self._max_nodes[request].max()))
         tokens, probabilities = likeliest(laws, width)
         probabilities = probabilities.astype(np.float64)
         left = 1.0 - np.cumsum(probabilities, -1) + probabilities

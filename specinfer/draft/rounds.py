@@ -24,6 +24,9 @@ Integers = npt.NDArray[np.int64]
 WIDEST = 24
 """Slots under one node at most: later ones are worth nothing."""
 
+PRICED_WIDEST = 8
+"""The same where nodes have a price: later ones are hardly ever worth it."""
+
 LEAST = 1e-4
 """Slots less likely to be accepted than this are not looked at."""
 

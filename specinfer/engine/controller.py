@@ -23,8 +23,8 @@ _FADE = 0.95
 _PATIENCE = 8
 """Steps in a row in which nothing was worth its price; then one in as many is looked at."""
 
-_SETTLED = 64
-_LOOK_EVERY = 8
+_SETTLED = 256
+_LOOK_EVERY = 4
 """Steps from which times are learnt: all at first, then one in so many."""
 
 _PROBE_EVERY = 64
@@ -32,10 +32,10 @@ _PROBE_DISCOUNT = 0.5
 """Where nothing was worth its price for long, a first node of each sequence is priced lower in one
 step of so many: what drafts are worth is only learnt by drafting."""
 
-_HOST_RATE = 0.2
+_HOST_RATE = 0.1
 """How fast the host's costs follow what is measured."""
 
-_HOST_S = (2e-4, 4e-5, 1e-5, 2e-4)
+_HOST_S = (2e-4, 6e-5, 2e-5, 5e-4)
 """Seconds of the host at first: per step, sequence, drafted node and round."""
 
 _FREE_PASS_S = 2e-5
@@ -118,7 +118,7 @@ class Controller:
         slopes = rate * (np.maximum(0.0, np.diff(hull)) + node_s)
         sources = range(len(self.drafters))
         rounds = [rate * (round_s + self._passes_s(s, stop, num_spans, 1.0)) for s in sources]
-        fed = 1.0 + self._accepted(num_spans)
+        fed = min(2.0, 1.0 + self._accepted(num_spans))  # the rest it computed while drafting
         first_rounds = [rate * (round_s + self._passes_s(s, stop, num_spans, fed)) for s in sources]
         if self._num_plain and self._num_plain % _PROBE_EVERY == 0:
             # Of one node per sequence: larger probes of a good drafter took 5 % of all time.
@@ -129,7 +129,7 @@ class Controller:
         return Prices(slopes, totals, rounds, first_rounds)
 
     def _accepted(self, num_spans: int) -> float:
-        """Tokens per sequence and step that drafters have to catch up with, as of late."""
+        """Drafted tokens accepted per sequence and step, as of late."""
         known = self._goodput.get(_bucket(num_spans))
         if known is None or known.spans == 0:
             return 0.0
