@@ -27,6 +27,17 @@ _SETTLED = 256
 _LOOK_EVERY = 4
 """Steps from which times are learnt: all at first, then one in so many."""
 
+_CLEARLY = 0.98
+"""Of the plain rate: below it trees lose by the clock; between it and 1 chance decides."""
+
+_FEWEST_PLAIN = 3
+_TRIAL = 16
+_SHORTEST_REST = 64
+_LONGEST_REST = 512
+_STALE = 256
+"""Steps: without trees to compare with; with trees before they are judged by the clock; of a rest;
+and with trees until plain ones are measured anew."""
+
 _PROBE_EVERY = 64
 _PROBE_DISCOUNT = 0.5
 """Where nothing was worth its price for long, a first node of each sequence is priced lower in one
@@ -78,6 +89,51 @@ class _Goodput:
         self.seconds = self.seconds * _FADE + seconds
 
 
+@dataclass(slots=True)
+class _Record:
+    """What steps of about one batch size really brought, with drafted nodes and without.
+
+    The last word: where trees lose by the clock, for whatever reason, nothing is drafted for a
+    while, the longer the oftener it happens. Plain steps are taken now and then to compare with.
+
+    rest  steps to come without a tree; length  of the next rest
+    """
+
+    plain: _Goodput
+    drafted: _Goodput
+    num_drafted: int = 0
+    since_plain: int = _STALE - _TRIAL
+    rest: int = 0
+    length: int = _SHORTEST_REST
+    follows_plain: bool = True
+
+    def add(self, tokens: int, spans: int, seconds: float, *, drafted: bool) -> None:
+        """Count a step, and decide whether the next ones rest."""
+        self.rest = max(0, self.rest - 1)
+        if not drafted:
+            self.plain.add(tokens, spans, seconds)
+            self.since_plain, self.follows_plain = 0, True
+            return
+        self.since_plain += 1
+        if not self.follows_plain:  # the first one has to catch up with what was not drafted
+            self.drafted.add(tokens, spans, seconds)
+            self.num_drafted += 1
+        self.follows_plain = False
+        if self.num_drafted >= _TRIAL and self._loses():
+            self.rest, self.length = self.length, min(_LONGEST_REST, 2 * self.length)
+            self.num_drafted, self.drafted = 0, _Goodput()
+        elif self.num_drafted >= 4 * _TRIAL and self.length > _SHORTEST_REST:
+            self.length = _SHORTEST_REST
+        elif self.since_plain >= _STALE:
+            self.rest = _FEWEST_PLAIN
+
+    def _loses(self) -> bool:
+        plain, drafted = self.plain, self.drafted
+        if plain.seconds == 0:
+            return False
+        return drafted.tokens * plain.seconds < _CLEARLY * plain.tokens * drafted.seconds
+
+
 class Controller:
     """Sets the prices of each step, and learns from it what steps cost and bring.
 
@@ -90,6 +146,7 @@ class Controller:
         self.drafters = list(drafters)
         self._host_s = list(_HOST_S)
         self._goodput: dict[int, _Goodput] = {}
+        self._records: dict[int, _Record] = {}
         self._num_steps = 0
         self._num_plain = 0  # steps in a row without a drafted node
         self._bucket = -1  # of the last step
@@ -99,9 +156,14 @@ class Controller:
 
         What is looked at in each step costs a small model several per cent of it.
         """
+        if self._record(num_spans).rest:
+            return True
         if _bucket(num_spans) != self._bucket:
             return False
         return self._num_plain > _PATIENCE and self._num_plain % _PATIENCE != 0
+
+    def _record(self, num_spans: int) -> _Record:
+        return self._records.setdefault(_bucket(num_spans), _Record(_Goodput(), _Goodput()))
 
     def prices(self, num_tokens: int, num_spans: int, stop: int) -> Prices:
         """What this step's nodes and rounds must be worth.
@@ -173,6 +235,9 @@ class Controller:
         if looks:
             self.target.observe(load.num_tokens, load.target_s, load.num_spans)
         self._learn_host(load)
+        spent_s = load.target_s + load.host_s + sum(each.seconds for each in load.passes)
+        record, is_drafted = self._record(load.num_spans), load.num_nodes > 0
+        record.add(load.num_emitted, load.num_spans, spent_s, drafted=is_drafted)
         # Seconds as the model has them, so that a busy machine does not look like a bad tree.
         seconds = self._step_s(load.num_tokens, load.num_spans, load.num_nodes, load.passes)
         goodput = self._goodput.setdefault(self._bucket, _Goodput())
