@@ -426,3 +426,24 @@ def test_urgency_grows_with_lateness_between_bounds() -> None:
     assert values[-1] == 4.0
     assert urgency(0.1, 0.1 * 11 - 0.02, 10, 0.02) == pytest.approx(1.0)
     assert urgency(0.1, 1.5, 10, 0.02) > 1 > urgency(0.1, 0.8, 10, 0.02)
+
+
+# --- the clock ------------------------------------------------------------------------------------
+
+
+def test_trees_that_lose_by_the_clock_rest() -> None:
+    """Whatever the model of times says of them: here every step with a tree takes five times it."""
+    machine = MACHINES["flat, batch 1, 0.8"]
+    controller, rng, depths = machine.controller(), random.Random(2), []
+    for _ in range(600):
+        depth = 0
+        if not controller.rests(1):
+            depth = machine.choose(controller.prices(1, 1, 1 + machine.depth))
+        load = machine.load(depth, 1 + machine.accepted(depth, rng))
+        if depth:
+            load.target_s *= 5
+        controller.observe(load, decoding_only=True)
+        depths.append(depth)
+    assert any(depths[:5]), "it drafts until the clock has spoken"
+    assert sum(depth > 0 for depth in depths[100:]) < 0.2 * 500
+    assert controller.rests(1) or not controller.rests(64), "another batch size is judged by itself"
