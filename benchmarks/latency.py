@@ -10,9 +10,6 @@ neighbouring runs.
 """
 
 import argparse
-import json
-import platform
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import write_result
 from benchmarks.inflate import twin
 from benchmarks.prompts import load_chats
 from specinfer.bench import Spread, System, measure, ratio
@@ -258,16 +256,12 @@ def main() -> None:
         for length, spread in processing.items():
             console.print(f"first token after a prompt of {length}: {spread} × transformers")
     if args.json:
-        result = {
-            "what": title,
-            "when": time.strftime("%Y-%m-%d"),
-            "processor": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-            "rows": [asdict(row) for row in rows],
-            "prompt_processing": {length: asdict(s) for length, s in processing.items()},
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result(
+            args.json,
+            title,
+            rows=[asdict(row) for row in rows],
+            prompt_processing={length: asdict(s) for length, s in processing.items()},
+        )
 
 
 def _native_dtype() -> str:

@@ -8,9 +8,6 @@ medians of paired runs.
 """
 
 import argparse
-import json
-import platform
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +16,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from benchmarks import write_result
 from benchmarks.latency import MODELS, _native_dtype, resolve
 from benchmarks.priors import edited
 from benchmarks.prompts import load_chats
@@ -103,15 +101,7 @@ def main() -> None:
         low, high = interval_of_median(ratios)
         console.print(f"  {name:28} {Spread.of(ratios)} × plain, 95 % {low:.2f}–{high:.2f}")
     if args.json:
-        result = {
-            "what": what,
-            "when": time.strftime("%Y-%m-%d"),
-            "processor": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-            "rows": rows,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result(args.json, what, rows=rows)
 
 
 if __name__ == "__main__":

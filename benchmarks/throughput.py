@@ -10,8 +10,6 @@ and a 95 % interval of the median.
 """
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import write_result
 from benchmarks.latency import MODELS, _native_dtype, resolve
 from benchmarks.prompts import load_chats
 from specinfer.bench import Spread
@@ -249,15 +248,7 @@ def main() -> None:
         rows.append(row)
     console.print(table(title, rows))
     if args.json:
-        result = {
-            "what": title,
-            "when": time.strftime("%Y-%m-%d"),
-            "processor": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-            "rows": [asdict(row) for row in rows],
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result(args.json, title, rows=[asdict(row) for row in rows])
     if args.plot:
         plot(title, rows, args.plot)
 

@@ -3,10 +3,14 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from specinfer.engine.build import Progress
 from specinfer.engine.engine import StepTrace
 from specinfer.engine.measure import Report
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
 
 
 def is_shown(asked: bool | None) -> bool:
@@ -20,18 +24,11 @@ def show_loading(asked: bool | None) -> Iterator[Progress | None]:
     if not is_shown(asked):
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn
 
-    tasks: dict[str, TaskID] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-
-        def report(model: str, done: int, total: int) -> None:
-            if model not in tasks:
-                tasks[model] = bars.add_task(f"loading {model}", total=total)
-            bars.update(tasks[model], completed=done, total=total)
-
+    with _bars(
+        "loading", TextColumn("{task.description}"), BarColumn(), DownloadColumn()
+    ) as report:
         yield report
 
 
@@ -41,20 +38,25 @@ def show_measuring(asked: bool | None) -> Iterator[Report | None]:
     if not is_shown(asked):
         yield None
         return
+    from rich.progress import BarColumn, TextColumn
+
+    counted = TextColumn("{task.completed} of {task.total} steps")
+    with _bars("measuring", TextColumn("{task.description}:"), counted, BarColumn()) as report:
+        yield report
+
+
+@contextmanager
+def _bars(verb: str, *columns: "ProgressColumn") -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per model, told as report(model, done, total)."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn
+    from rich.progress import Progress, TaskID
 
     tasks: dict[str, TaskID] = {}
-    columns = (
-        TextColumn("{task.description}:"),
-        TextColumn("{task.completed} of {task.total} steps"),
-        BarColumn(),
-    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
 
         def report(model: str, done: int, total: int) -> None:
             if model not in tasks:
-                tasks[model] = bars.add_task(f"measuring {model}", total=total)
+                tasks[model] = bars.add_task(f"{verb} {model}", total=total)
             bars.update(tasks[model], completed=done, total=total)
 
         yield report
