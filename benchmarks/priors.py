@@ -118,7 +118,7 @@ def main() -> None:
                 speculation=Speculation(tree="calibrated", max_nodes=32),
                 dtype="float32",
             )
-        llm.engine.calibration = calibration
+        llm.engine.speculator.calibration = calibration
         prompts = read_prompts(args.chats, llm)
         learn(llm, prompts if drafter != "ngram" else prompts[::3], args.tokens)
     args.out.write_text(

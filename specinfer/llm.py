@@ -142,7 +142,7 @@ class LLM:
         target = self._calibration_file if file is None else Path(file)
         if target is None:
             raise ConfigError("calibration has no file: give one here, or as LLM(calibration=…)")
-        self.engine.calibration.save(target)
+        self.engine.speculator.calibration.save(target)
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the model's generation_config.json asks for, with changes."""

@@ -24,6 +24,7 @@ from specinfer.draft.calibration import (
 from specinfer.draft.heap import HeapBuilder
 from specinfer.draft.rounds import Values
 from specinfer.engine.engine import Engine
+from specinfer.engine.speculator import Speculator
 from specinfer.errors import ConfigError
 from specinfer.request import SamplingParams
 from tests.engines import finish, model_drafter, toy_decoder, toy_engine
@@ -274,8 +275,7 @@ def test_tables_learn_between_steps_alone(monkeypatch: pytest.MonkeyPatch, tree:
 
         monkeypatch.setattr(owner, name, method)
 
-    noting(Engine, "_draft", "draft")
-    noting(Engine, "_verify", "verify")
+    noting(Speculator, "draft", "draft")
     noting(Engine, "_commit", "commit")
     noting(HeapBuilder, "grow", "grow")
     noting(Calibration, "places", "read")

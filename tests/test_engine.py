@@ -626,7 +626,7 @@ def test_ngrams_alone_are_a_drafter(target: Decoder, plain: list[Sequence]) -> N
     again = run(engine, prompts, [params] * 8)
     assert outputs_of(again) == outputs_of(run(expected, prompts, [params] * 8))
     assert {name for s in again for name in s.stats.accepted_by_source} == {"ngram"}
-    assert not engine.drafters[0]._drafter._states, "what ended is forgotten"  # type: ignore[attr-defined]
+    assert not engine.speculator.drafters[0]._drafter._states, "what ended is forgotten"  # type: ignore[attr-defined]
 
 
 def test_two_models_are_both_tried_and_the_better_is_kept(target: Decoder, other: Decoder) -> None:
@@ -652,7 +652,7 @@ def test_two_models_are_both_tried_and_the_better_is_kept(target: Decoder, other
         assert sequence.tokens == expected[0].tokens
     assert {(0,), (1,), (0, 1)} <= set(chosen)
     assert chosen.count((1,)) > chosen.count((0,)) + chosen.count((0, 1))
-    for drafter in engine.drafters[:2]:
+    for drafter in engine.speculator.drafters[:2]:
         assert not drafter._drafter._states  # type: ignore[attr-defined]
 
 
@@ -696,7 +696,7 @@ def test_a_controlled_chain_has_many_lengths_and_the_same_text(
     assert outputs_of(sequences) == outputs_of(plain)
     assert len(lengths - {0}) > 1
     if control == "gammatune":
-        assert not engine._chains[speculation]._states  # type: ignore[attr-defined]
+        assert not engine.speculator._chains[speculation]._states  # type: ignore[attr-defined]
 
 
 def test_smartspec_needs_a_model_to_draft(target: Decoder) -> None:
@@ -736,7 +736,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("specinfer.engine.engine.time", clock)
+    for module in ("engine", "speculator"):
+        monkeypatch.setattr(f"specinfer.engine.{module}.time", clock)
     return clock
 
 

@@ -108,7 +108,7 @@ def fields_of(output: CompletionOutput) -> tuple[Any, ...]:
 def is_empty(llm: LLM) -> bool:
     """Whether the engine holds nothing any more."""
     allocator = llm.engine.scheduler._allocator
-    timed: Any = llm.engine.drafters
+    timed: Any = llm.engine.speculator.drafters
     return (
         not llm.engine.has_work
         and free_blocks(llm.engine) == allocator.num_blocks
@@ -394,7 +394,7 @@ def test_an_error_in_a_step_leaves_nothing_behind(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, part: str, error: BaseException
 ) -> None:
     llm = pair.llm("2,2")
-    owner: Any = llm.engine.target if part == "target" else llm.engine.drafters[0]
+    owner: Any = llm.engine.target if part == "target" else llm.engine.speculator.drafters[0]
     name = "run" if part == "target" else "admit"
     inner, calls = getattr(owner, name), 0
 

@@ -97,7 +97,7 @@ def test_a_failed_step_ends_what_ran_and_nothing_else(
     next(stream)
     owner = {
         "target": (llm.engine.target, "run"),
-        "drafter": (llm.engine.drafters[0], "expand"),
+        "drafter": (llm.engine.speculator.drafters[0], "expand"),
         "commit": (llm.engine.target.pool, "move"),
     }[part]
     with monkeypatch.context() as patch:
@@ -157,7 +157,7 @@ def test_a_prediction_may_be_text_or_tokens(llm: LLM) -> None:
 def test_a_prediction_needs_no_drafter() -> None:
     """Nor more memory than there is: the whole context, and pages for one request."""
     llm = LLM("zoo:parley-draft", dtype="float32", max_model_len=64, max_num_seqs=1)
-    assert llm.engine.controller is None, "nothing to speculate with, nothing measured"
+    assert llm.engine.speculator.controller is None, "nothing to speculate with, nothing measured"
     params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
     [plain] = llm.generate("One day", params)
     prediction = plain.outputs[0].text
@@ -165,7 +165,7 @@ def test_a_prediction_needs_no_drafter() -> None:
     [output] = llm.generate("One day", again)
     assert output.outputs[0].token_ids == plain.outputs[0].token_ids
     assert output.stats.tokens_per_step > 3
-    assert llm.engine.controller is not None
+    assert llm.engine.speculator.controller is not None
 
 
 def test_calibration_is_kept_in_a_file(tmp_path: Path) -> None:
@@ -176,10 +176,10 @@ def test_calibration_is_kept_in_a_file(tmp_path: Path) -> None:
     assert not file.exists()
     llm.generate("One day One day One day", GREEDY)
     llm.save_calibration()
-    table = llm.engine.calibration.table("ngram", "greedy")
+    table = llm.engine.speculator.calibration.table("ngram", "greedy")
     prior = Calibration().table("ngram", "greedy")
     assert table.after.trials.sum() > prior.after.trials.sum()
-    known = LLM("zoo:parley-draft", calibration=str(file), **options).engine.calibration
+    known = LLM("zoo:parley-draft", calibration=str(file), **options).engine.speculator.calibration
     assert known.table("ngram", "greedy").after.hits == pytest.approx(table.after.hits, abs=1e-3)
     llm.save_calibration(tmp_path / "other.json")
     assert (tmp_path / "other.json").read_text() == file.read_text()

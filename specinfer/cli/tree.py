@@ -78,7 +78,7 @@ def _steps(
 ) -> "Generator[DrawnStep, None, None]":
     from specinfer.draw import read_step
 
-    sources = [drafter.name for drafter in llm.engine.drafters]
+    sources = [drafter.name for drafter in llm.engine.speculator.drafters]
     request = llm.submit(prompt, params)
     try:
         while not request.is_finished:

@@ -1,0 +1,94 @@
+"""Logits of a step to verdicts: one kind of sequences at a time, in batched operations."""
+
+from collections.abc import Sequence as ListLike
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specinfer.baselines import verify_gbv, verify_kseq
+from specinfer.engine.sequence import Sequence
+from specinfer.engine.work import Work
+from specinfer.sampling import RowFilters, early_rows, greedy_picks, seeded_pick, target_laws
+from specinfer.verify import Verdict, follow, verify_match, verify_topdown, verify_traversal
+
+_VERIFIERS = {
+    "gbv": verify_gbv,
+    "kseq": verify_kseq,
+    "match": verify_match,
+    "topdown": verify_topdown,
+    "traversal": verify_traversal,
+}
+
+
+def verify_works(works: ListLike[Work], logits: Tensor) -> list[Verdict]:
+    """One verdict per sequence; sequences of one kind share their batched operations.
+
+    logits  [rows, vocab], the works' nodes one after the other
+    """
+    verdicts: dict[int, Verdict] = {}
+    rows = np.cumsum([0, *(work.num_logits for work in works)])
+    kinds: dict[str, list[int]] = {}
+    for index, work in enumerate(works):
+        kinds.setdefault(_kind(work.job.sequence), []).append(index)
+    for kind, members in kinds.items():
+        group = [works[index] for index in members]
+        part = logits
+        if len(kinds) > 1:
+            part = torch.cat([logits[rows[index] : rows[index + 1]] for index in members])
+        verdicts.update(zip(members, _verify_kind(kind, group, part), strict=True))
+    return [verdicts[index] for index in range(len(works))]
+
+
+def _verify_kind(kind: str, works: ListLike[Work], logits: Tensor) -> list[Verdict]:
+    filters = _filters(works, logits.device)
+    if kind == "greedy":
+        return _follow_all(works, greedy_picks(logits, filters))
+    p = target_laws(logits, filters)
+    if kind == "seeded":
+        noise = np.concatenate([_noise(work) for work in works])
+        return _follow_all(works, seeded_pick(p, torch.from_numpy(noise).to(p.device)))
+    laws, verdicts, start = p.cpu().numpy(), [], 0
+    for work in works:
+        sequence = work.job.sequence
+        verifier = _VERIFIERS[sequence.verifier]
+        stop = start + len(work.tree)
+        verdicts.append(verifier(work.tree, laws[start:stop], sequence.rng))
+        start = stop
+    return verdicts
+
+
+def _kind(sequence: Sequence) -> str:
+    if sequence.params.is_greedy:
+        return "greedy"
+    return "law" if sequence.noise is None else "seeded"
+
+
+def _filters(works: ListLike[Work], device: torch.device) -> RowFilters:
+    runs, banned, start = [], [], 0
+    for work in works:
+        sequence = work.job.sequence
+        runs.append((sequence.params, len(work.tree)))
+        if sequence.num_output < sequence.params.min_tokens:
+            early = early_rows(work.tree.depths, sequence.num_output, sequence.params.min_tokens)
+            banned += [(start + node, sequence.end_tokens) for node in early]
+        start += len(work.tree)
+    return RowFilters.of(runs, banned=banned, device=device)
+
+
+def _noise(work: Work) -> np.ndarray:
+    """[nodes, vocab]: what decides the token after each node, by its position alone."""
+    sequence = work.job.sequence
+    assert sequence.noise is not None
+    return np.stack(
+        [sequence.noise.row(len(sequence.tokens) + depth) for depth in work.tree.depths]
+    )
+
+
+def _follow_all(works: ListLike[Work], picks: Tensor) -> list[Verdict]:
+    tokens, verdicts, start = picks.tolist(), [], 0
+    for work in works:
+        stop = start + len(work.tree)
+        verdicts.append(follow(work.tree, tokens[start:stop]))
+        start = stop
+    return verdicts
