@@ -162,8 +162,8 @@ def learnt(seed: int) -> Calibration:
     for name, regime in itertools.product(("first", "second", "ngram", "prediction"), REGIMES):
         table = calibration.table(name, regime)
         for curves in (table.before, table.after):
-            curves.trials = rng.uniform(0.5, 9, curves.trials.shape)
-            curves.hits = curves.trials * rng.uniform(0, 1, curves.trials.shape)
+            trials = rng.uniform(0.5, 9, curves.trials.shape)
+            curves.reset(trials, trials * rng.uniform(0, 1, trials.shape))
     for regime in REGIMES:
         calibration.record_place(regime, 0, 1.0)
         calibration._places[regime][1] = rng.uniform(0, 9, 16)

@@ -45,7 +45,7 @@ def test_a_new_table_takes_drafters_at_their_word() -> None:
 
 def test_between_knots_rates_are_linear_in_log_odds() -> None:
     curves, rng = Curves(), np.random.default_rng(0)
-    curves.hits = curves.trials * rng.uniform(0, 1, curves.hits.shape)
+    curves.reset(curves.trials, curves.trials * rng.uniform(0, 1, curves.hits.shape))
     for knot in (0.25, 7.5, 15.9, 31.5):
         low, share = int(knot), knot % 1
         expected = (1 - share) * curves.rates[2, low] + share * curves.rates[2, low + 1]

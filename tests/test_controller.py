@@ -435,7 +435,8 @@ def test_trees_that_lose_by_the_clock_rest() -> None:
     """Whatever the model of times says of them: here every step with a tree takes five times it."""
     machine = MACHINES["flat, batch 1, 0.8"]
     controller, rng, depths = machine.controller(), random.Random(2), []
-    for _ in range(600):
+    tokens = seconds = 0.0
+    for step in range(2500):
         depth = 0
         if not controller.rests(1):
             depth = machine.choose(controller.prices(1, 1, 1 + machine.depth))
@@ -444,6 +445,10 @@ def test_trees_that_lose_by_the_clock_rest() -> None:
             load.target_s *= 5
         controller.observe(load, decoding_only=True)
         depths.append(depth)
+        if step >= 500:
+            tokens += load.num_emitted
+            seconds += load.target_s + load.host_s + sum(each.seconds for each in load.passes)
     assert any(depths[:5]), "it drafts until the clock has spoken"
-    assert sum(depth > 0 for depth in depths[100:]) < 0.2 * 500
+    assert sum(depth > 0 for depth in depths[500:]) < 0.1 * 2000
+    assert tokens / seconds > 0.96 * machine.goodput(0)
     assert controller.rests(1) or not controller.rests(64), "another batch size is judged by itself"

@@ -66,8 +66,8 @@ def learnt(seed: int = 0) -> Calibration:
     for name, regime in itertools.product(("model", "other", "ngram"), ("hot", "cold")):
         table = calibration.table(name, regime)  # type: ignore[arg-type]
         for curves in (table.before, table.after):
-            curves.trials = np.full(curves.trials.shape, 10.0)
-            curves.hits = 10 * np.sort(rng.uniform(0, 1, curves.hits.shape), axis=1)
+            trials = np.full(curves.trials.shape, 10.0)
+            curves.reset(trials, 10 * np.sort(rng.uniform(0, 1, trials.shape), axis=1))
     return calibration
 
 

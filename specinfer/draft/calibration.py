@@ -76,9 +76,9 @@ class Features(NamedTuple):
 
 def knots_of(probability: npt.ArrayLike) -> Rates:
     """Where probabilities stand on the axis of the tables: [...] float64 in [0, knots - 1]."""
-    p = np.clip(np.asarray(probability, np.float64), 1e-9, 1 - 1e-9)
-    axis = (np.log(p) - np.log1p(-p) + _REACH) / _STEP
-    return np.clip(axis, 0.0, _NUM_KNOTS - 1.0)
+    p = np.maximum(np.minimum(np.asarray(probability, np.float64), 1 - 1e-9), 1e-9)
+    axis: Rates = np.log(p / (1 - p)) / _STEP + _REACH / _STEP
+    return np.maximum(np.minimum(axis, _NUM_KNOTS - 1.0), 0.0)  # np.clip takes three times as long
 
 
 _OWN_VARIANCE = 0.3
@@ -112,7 +112,7 @@ class Fortune:
 def _knot_of(probability: float) -> float:
     """`knots_of` for one."""
     p = min(max(probability, 1e-9), 1 - 1e-9)
-    axis = (math.log(p) - math.log1p(-p) + _REACH) / _STEP
+    axis = math.log(p / (1 - p)) / _STEP + _REACH / _STEP
     return min(max(axis, 0.0), _NUM_KNOTS - 1.0)
 
 
@@ -127,19 +127,14 @@ class Curves:
 
     def __init__(self, prior: tuple[Rates, Rates] | None = None) -> None:
         if prior is None:
-            self.trials = np.full((NUM_RANKS, _NUM_KNOTS), _PRIOR_TRIALS)
-            self.hits = np.tile(_IDENTITY, (NUM_RANKS, 1)) * _PRIOR_TRIALS
-        else:
-            self.trials, self.hits = (counts.copy() for counts in prior)
-        self._rates: Rates | None = None
-        self._lists: list[list[float]] | None = None
+            trials = np.full((NUM_RANKS, _NUM_KNOTS), _PRIOR_TRIALS)
+            prior = trials, trials * _IDENTITY
+        self.reset(*prior)
 
-    @property
-    def rates(self) -> Rates:
-        """[ranks, knots]: hits / trials. Not to be written to."""
-        if self._rates is None:
-            self._rates = self.hits / self.trials
-        return self._rates
+    def reset(self, trials: Rates, hits: Rates) -> None:
+        """Forget what was seen, for these counts."""
+        self.trials, self.hits = trials.copy(), hits.copy()
+        self.rates = hits / trials  # not to be written to
 
     def record(self, rank: int, probability: float, accepted: float) -> None:
         """Count one slot: `accepted` is 1 or 0, or the chance of it."""
@@ -147,21 +142,20 @@ class Curves:
         axis = _knot_of(probability)
         low = min(int(axis), _NUM_KNOTS - 2)
         for knot, share in ((low, low + 1 - axis), (low + 1, axis - low)):
-            if self.trials[rank, knot] > _MAX_TRIALS:
-                self.trials[rank, knot] /= 2
-                self.hits[rank, knot] /= 2
-            self.trials[rank, knot] += share
-            self.hits[rank, knot] += share * accepted
-        self._rates = self._lists = None
+            place = rank, knot
+            trials, hits = self.trials[place], self.hits[place]
+            if trials > _MAX_TRIALS:
+                trials, hits = trials / 2, hits / 2
+            self.trials[place] = trials = trials + share
+            self.hits[place] = hits = hits + share * accepted
+            self.rates[place] = hits / trials
 
     def at(self, rank: int, probability: float) -> float:
         """The rate of one slot."""
         axis = _knot_of(probability)
         low = min(int(axis), _NUM_KNOTS - 2)
-        if self._lists is None:
-            self._lists = self.rates.tolist()
-        row = self._lists[min(rank, NUM_RANKS - 1)]
-        return row[low] + (axis - low) * (row[low + 1] - row[low])
+        left, right = self.rates[min(rank, NUM_RANKS - 1), low : low + 2].tolist()
+        return float(left + (axis - low) * (right - left))
 
     @property
     def first_slots(self) -> tuple[Rates, Rates]:
@@ -172,9 +166,10 @@ class Curves:
         """The rates of many slots: ranks and probabilities broadcast against each other."""
         axis = knots_of(probabilities)
         low = np.minimum(axis.astype(np.int64), _NUM_KNOTS - 2)
-        ranks = np.minimum(ranks, NUM_RANKS - 1)
-        left = self.rates[ranks, low]
-        values: Rates = left + (axis - low) * (self.rates[ranks, low + 1] - left)
+        places = np.minimum(ranks, NUM_RANKS - 1) * _NUM_KNOTS + low
+        rates = self.rates.ravel()
+        left = rates.take(places)
+        values: Rates = left + (axis - low) * (rates.take(places + 1) - left)
         return values
 
 
@@ -278,9 +273,8 @@ class Calibration:
                 table = calibration.table(entry["drafter"], _regime(entry["regime"]))
                 for name, curves in (("before", table.before), ("after", table.after)):
                     shape = (NUM_RANKS, _NUM_KNOTS)
-                    curves.trials, curves.hits = _counts(
-                        [entry[name]["trials"], entry[name]["hits"]], (2, *shape)
-                    )
+                    counts = [entry[name]["trials"], entry[name]["hits"]]
+                    curves.reset(*_counts(counts, (2, *shape)))
             for regime, counts in content["places"].items():
                 calibration._places[_regime(regime)] = _counts(counts, (2, NUM_PLACES))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

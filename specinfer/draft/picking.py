@@ -52,18 +52,19 @@ class Picking:
         self._max_depth = np.array([growth.max_depth for growth in growths])
         self._max_nodes = np.array([growth.max_nodes for growth in growths])
         self._urgency = np.array([growth.urgency for growth in growths])
+        self._is_urgent = bool((self._urgency != 1.0).any())
         self._max_rounds = np.minimum(self._max_depth, self._max_nodes)
         self._rows = np.full(size, ROWS)
         if prices is None:
             self._rows = -(-self._max_nodes // np.maximum(1, self._max_rounds))
+        self._num_nodes = np.zeros(size, np.int64)  # in the drafts
         self._where: dict[tuple[int, int], int] = {}  # (request, node) -> row of the pool
 
     def price(self, num_others: int) -> float:
         """What one more node costs when the best guesses so far are taken."""
         if self._prices is None:
             return 0.0
-        worth = self._worth()[len(self._own) :]
-        worth[::-1].sort()
+        worth = -np.sort(-self._worth()[len(self._own) :])
         nodes = self._prices.nodes
         nodes = nodes[min(num_others, len(nodes) - 1) :]
         below = worth[: len(nodes)] < nodes[: len(worth)]
@@ -72,23 +73,26 @@ class Picking:
 
     def frontier(self, num_rounds: int, price: float) -> list[Candidate]:
         """The best nodes of each request that are not expanded yet."""
-        pool = self._pool
-        request = pool[:, _REQUEST].astype(np.int64)
-        may = (
-            (pool[:, _OPEN] > 0)
-            & (pool[:, _DEPTH] < self._max_depth[request])
-            & (num_rounds < self._max_rounds[request])
-        )
         worth = self._worth()
+        may = self._pool[:, _OPEN] > 0
         if self._prices is not None:
             may &= worth > price
         rows = np.flatnonzero(may)
-        room = self._max_nodes.copy()  # drafters have pages for as many nodes as the tree may have
-        for index, draft in self.drafts.items():
-            room[index] -= draft.tree.num_drafted
-        rows = rows[_best_of_each(request[rows], worth[rows], np.minimum(self._rows, room))]
+        request = self._pool[rows, _REQUEST].astype(np.int64)
+        deep = self._pool[rows, _DEPTH] >= self._max_depth[request]
+        deep |= num_rounds >= self._max_rounds[request]
+        if deep.any():
+            rows, request = rows[~deep], request[~deep]
+        room = self._max_nodes - self._num_nodes  # drafters have pages for so many nodes
+        best = _best_of_each(request, worth[rows], np.minimum(self._rows, room))
         return [
-            Candidate(int(request[row]), self._node(int(row)), float(worth[row])) for row in rows
+            Candidate(each, self._node(row), value)
+            for each, row, value in zip(
+                request[best].tolist(),
+                rows[best].tolist(),
+                worth[rows[best]].tolist(),
+                strict=True,
+            )
         ]
 
     def take(self, rounds: Rounds) -> None:
@@ -151,9 +155,9 @@ class Picking:
 
     def _worth(self) -> Numbers:
         """[rows]: values, weighed by urgency."""
-        worth: Numbers = (
-            self._pool[:, _VALUE] * self._urgency[self._pool[:, _REQUEST].astype(np.int64)]
-        )
+        worth: Numbers = self._pool[:, _VALUE]
+        if self._is_urgent:
+            worth = worth * self._urgency[self._pool[:, _REQUEST].astype(np.int64)]
         return worth
 
     def _node(self, row: int) -> int:
@@ -163,6 +167,7 @@ class Picking:
             tree = self.drafts[int(entry[_REQUEST])].tree
             parent = self._pool[int(entry[_PARENT]), _NODE]
             entry[_NODE] = tree.add(int(parent), int(entry[_TOKEN]))
+            self._num_nodes[int(entry[_REQUEST])] += 1
         self._where[int(entry[_REQUEST]), int(entry[_NODE])] = row
         return int(entry[_NODE])
 
@@ -228,6 +233,8 @@ class Picking:
 
 def _best_of_each(request: Integers, worth: Numbers, counts: Integers) -> Integers:
     """The best `counts[request]` rows of each request; the older first among equals."""
+    if len(request) == 0 or (len(counts) == 1 and len(request) <= counts[0]):
+        return np.argsort(-worth, kind="stable")
     order = np.lexsort((-worth, request))
     sorted_request = request[order]
     place = np.arange(len(order)) - np.searchsorted(sorted_request, sorted_request)

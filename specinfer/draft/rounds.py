@@ -154,6 +154,7 @@ class Rounds:
         self._drafts = drafts
         self._values = values
         self._prices = prices
+        self._sources = sorted({source for growth in growths for source in growth.sources})
         self._known: dict[tuple[int, int], set[int]] = {}  # (source, request) -> nodes asked
 
     def asked(self, source: int, index: int) -> bool:
@@ -166,7 +167,7 @@ class Rounds:
         price  of one more node
         """
         self.answers = {}
-        for source, drafter in enumerate(self._drafters):
+        for source in self._sources:
             chosen = self._choose(source, frontier, price)
             if not chosen:
                 continue
@@ -174,7 +175,8 @@ class Rounds:
             for candidate in chosen:
                 nodes.setdefault(candidate.index, []).append(candidate.node)
             said = guess(
-                drafter, [(self._growths[i], self._drafts[i], own) for i, own in nodes.items()]
+                self._drafters[source],
+                [(self._growths[i], self._drafts[i], own) for i, own in nodes.items()],
             )
             pairs = [(i, node) for i, own in nodes.items() for node in own]
             self.answers[source] = (said, {pair: row for row, pair in enumerate(pairs)})
@@ -192,10 +194,12 @@ class Rounds:
             return able
         growths = [self._growths[each.index] for each in able]
         reaches = np.array([each.reach for each in able])
-        gains = self._values.gains(source, growths, reaches, price)
-        order = np.argsort(-gains, kind="stable")
         first = self.num_rounds == 0
         costs = (self._prices.first_rounds if first else self._prices.rounds)[source]
+        if np.maximum(0.0, reaches - price).sum() <= costs[1]:
+            return []  # not if every guess were right
+        gains = self._values.gains(source, growths, reaches, price)
+        order = np.argsort(-gains, kind="stable")
         order = order[: len(costs) - 1]
         worth = np.cumsum(gains[order]) - costs[1 : len(order) + 1]
         best = int(worth.argmax())

@@ -7,36 +7,28 @@ what is drawn stays predictable; where no slot is worth its price the step is a 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from specinfer.draft.rounds import Prices
 from specinfer.engine.stats import Pass
-from specinfer.engine.times import StepTimes
+from specinfer.engine.times import Floats, StepTimes
+from specinfer.engine.trial import Trial
 
-_FADE = 0.95
+_T = TypeVar("_T")
+
+_FADE = 0.98
 """What past steps weigh, from one to the next, in λ."""
+
+_MARGIN = 1.03
+"""Trees are priced above what they must be worth: what they are worth is an estimate."""
 
 _PATIENCE = 8
 """Steps in a row in which nothing was worth its price; then one in as many is looked at."""
-
-_SETTLED = 256
-_LOOK_EVERY = 4
-"""Steps from which times are learnt: all at first, then one in so many."""
-
-_CLEARLY = 0.98
-"""Of the plain rate: below it trees lose by the clock; between it and 1 chance decides."""
-
-_FEWEST_PLAIN = 3
-_TRIAL = 16
-_SHORTEST_REST = 64
-_LONGEST_REST = 512
-_STALE = 256
-"""Steps: without trees to compare with; with trees before they are judged by the clock; of a rest;
-and with trees until plain ones are measured anew."""
 
 _PROBE_EVERY = 64
 _PROBE_DISCOUNT = 0.5
@@ -48,6 +40,10 @@ _HOST_RATE = 0.1
 
 _HOST_S = (2e-4, 6e-5, 2e-5, 5e-4)
 """Seconds of the host at first: per step, sequence, drafted node and round."""
+
+_MAX_COMPUTED = 256
+
+_NO_TABLE: Floats = np.zeros(0)
 
 _FREE_PASS_S = 2e-5
 """A pass of a drafter without a model, per node."""
@@ -81,57 +77,15 @@ class _Goodput:
     tokens: float = 0.0
     spans: float = 0.0
     seconds: float = 0.0
+    num_plain: int = 0  # steps in a row in which nothing was worth its price
 
-    def add(self, tokens: float, spans: float, seconds: float) -> None:
-        """Count a step."""
-        self.tokens = self.tokens * _FADE + tokens
-        self.spans = self.spans * _FADE + spans
+    def add(self, load: StepLoad, seconds: float, *, was_told: bool) -> None:
+        """Count a step; was_told  not to draft, whatever it would have been worth."""
+        self.tokens = self.tokens * _FADE + load.num_emitted
+        self.spans = self.spans * _FADE + load.num_spans
         self.seconds = self.seconds * _FADE + seconds
-
-
-@dataclass(slots=True)
-class _Record:
-    """What steps of about one batch size really brought, with drafted nodes and without.
-
-    The last word: where trees lose by the clock, for whatever reason, nothing is drafted for a
-    while, the longer the oftener it happens. Plain steps are taken now and then to compare with.
-
-    rest  steps to come without a tree; length  of the next rest
-    """
-
-    plain: _Goodput
-    drafted: _Goodput
-    num_drafted: int = 0
-    since_plain: int = _STALE - _TRIAL
-    rest: int = 0
-    length: int = _SHORTEST_REST
-    follows_plain: bool = True
-
-    def add(self, tokens: int, spans: int, seconds: float, *, drafted: bool) -> None:
-        """Count a step, and decide whether the next ones rest."""
-        self.rest = max(0, self.rest - 1)
-        if not drafted:
-            self.plain.add(tokens, spans, seconds)
-            self.since_plain, self.follows_plain = 0, True
-            return
-        self.since_plain += 1
-        if not self.follows_plain:  # the first one has to catch up with what was not drafted
-            self.drafted.add(tokens, spans, seconds)
-            self.num_drafted += 1
-        self.follows_plain = False
-        if self.num_drafted >= _TRIAL and self._loses():
-            self.rest, self.length = self.length, min(_LONGEST_REST, 2 * self.length)
-            self.num_drafted, self.drafted = 0, _Goodput()
-        elif self.num_drafted >= 4 * _TRIAL and self.length > _SHORTEST_REST:
-            self.length = _SHORTEST_REST
-        elif self.since_plain >= _STALE:
-            self.rest = _FEWEST_PLAIN
-
-    def _loses(self) -> bool:
-        plain, drafted = self.plain, self.drafted
-        if plain.seconds == 0:
-            return False
-        return drafted.tokens * plain.seconds < _CLEARLY * plain.tokens * drafted.seconds
+        if not was_told:
+            self.num_plain = 0 if load.num_nodes else self.num_plain + 1
 
 
 class Controller:
@@ -146,24 +100,22 @@ class Controller:
         self.drafters = list(drafters)
         self._host_s = list(_HOST_S)
         self._goodput: dict[int, _Goodput] = {}
-        self._records: dict[int, _Record] = {}
-        self._num_steps = 0
-        self._num_plain = 0  # steps in a row without a drafted node
+        self._trials: dict[int, Trial] = {}
         self._bucket = -1  # of the last step
+        self._computed: dict[tuple[float, ...], tuple[Floats, Any]] = {}
 
     def rests(self, num_spans: int) -> bool:
         """Whether to draft nothing now, without asking: nothing was worth it for several steps.
 
         What is looked at in each step costs a small model several per cent of it.
         """
-        if self._record(num_spans).rest:
+        bucket = _bucket(num_spans)
+        if self._trials.setdefault(bucket, Trial()).rest:
             return True
-        if _bucket(num_spans) != self._bucket:
+        if bucket != self._bucket:
             return False
-        return self._num_plain > _PATIENCE and self._num_plain % _PATIENCE != 0
-
-    def _record(self, num_spans: int) -> _Record:
-        return self._records.setdefault(_bucket(num_spans), _Record(_Goodput(), _Goodput()))
+        num_plain = self._goodput[bucket].num_plain
+        return num_plain > _PATIENCE and num_plain % _PATIENCE != 0
 
     def prices(self, num_tokens: int, num_spans: int, stop: int) -> Prices:
         """What this step's nodes and rounds must be worth.
@@ -171,24 +123,49 @@ class Controller:
         num_tokens  the target computes anyway: prompt chunks and roots, in num_spans sequences
         stop        drafted nodes there may be, plus one
         """
-        rate = self.goodput(num_tokens, num_spans)
+        rate = _MARGIN * self.goodput(num_tokens, num_spans)
         _, _, node_s, round_s = self._host_s
-        most = _round_up(num_tokens + stop + 1)
-        table = self.target.table(most, num_spans)[num_tokens : num_tokens + stop]
-        hull = self.target.hull(most, num_spans)[num_tokens : num_tokens + stop + 1]
-        totals = rate * (table - table[0] + node_s * np.arange(stop))
-        slopes = rate * (np.maximum(0.0, np.diff(hull)) + node_s)
+        slopes_s, totals_s = self._nodes_s(num_tokens, num_spans, stop)
+        slopes = rate * (slopes_s + node_s)
+        totals = rate * (totals_s + node_s * np.arange(stop))
+        fed = round(min(2.0, 1.0 + self._accepted(num_spans)), 1)  # the rest: known from drafting
         sources = range(len(self.drafters))
-        rounds = [rate * (round_s + self._passes_s(s, stop, num_spans, 1.0)) for s in sources]
-        fed = min(2.0, 1.0 + self._accepted(num_spans))  # the rest it computed while drafting
-        first_rounds = [rate * (round_s + self._passes_s(s, stop, num_spans, fed)) for s in sources]
-        if self._num_plain and self._num_plain % _PROBE_EVERY == 0:
+        rounds, first_rounds = (
+            [rate * (self._passes_s(s, stop, num_spans, each) + round_s) for s in sources]
+            for each in (1.0, fed)
+        )
+        if self._probes(num_spans):
             # Of one node per sequence: larger probes of a good drafter took 5 % of all time.
             slopes[:num_spans] *= _PROBE_DISCOUNT
             totals -= (1 - _PROBE_DISCOUNT) * totals[np.minimum(np.arange(stop), num_spans)]
             rounds = [_PROBE_DISCOUNT * each for each in rounds]
             first_rounds = [_PROBE_DISCOUNT * each for each in first_rounds]
         return Prices(slopes, totals, rounds, first_rounds)
+
+    def _probes(self, num_spans: int) -> bool:
+        known = self._goodput.get(_bucket(num_spans))
+        return known is not None and known.num_plain % _PROBE_EVERY == 0 < known.num_plain
+
+    def _nodes_s(self, num_tokens: int, num_spans: int, stop: int) -> tuple[Floats, Floats]:
+        """Seconds of the target: [stop] of one more node, [stop] of so many nodes together."""
+        most = _round_up(num_tokens + stop + 1)
+        table = self.target.table(most, num_spans)
+
+        def compute() -> tuple[Floats, Floats]:
+            own = table[num_tokens : num_tokens + stop]
+            hull = self.target.hull(most, num_spans)[num_tokens : num_tokens + stop + 1]
+            return np.maximum(0.0, np.diff(hull)), own - own[0]
+
+        return self._kept((-1, num_tokens, num_spans, stop), table, compute)
+
+    def _kept(self, key: tuple[float, ...], table: Floats, compute: Callable[[], _T]) -> _T:
+        """What was computed from a table, until there is another."""
+        known = self._computed.get(key)
+        if known is None or known[0] is not table:
+            if len(self._computed) >= _MAX_COMPUTED:
+                self._computed.clear()
+            known = self._computed[key] = (table, compute())
+        return cast(_T, known[1])
 
     def _accepted(self, num_spans: int) -> float:
         """Drafted tokens accepted per sequence and step, as of late."""
@@ -221,27 +198,22 @@ class Controller:
 
         decoding_only  nobody's prompt was computed: only such steps tell what decoding brings
         """
-        self._num_steps += 1
-        looks = self._num_steps < _SETTLED or self._num_steps % _LOOK_EVERY == 0
         if not decoding_only:
             return
-        if looks:
-            for each in load.passes:
-                times = self.drafters[each.source]
-                if times is not None:
-                    times.observe(each.num_tokens, each.seconds, each.num_spans)
-        self._num_plain = 0 if load.num_nodes else self._num_plain + 1
-        self._bucket = _bucket(load.num_spans)
-        if looks:
-            self.target.observe(load.num_tokens, load.target_s, load.num_spans)
+        for each in load.passes:
+            times = self.drafters[each.source]
+            if times is not None:
+                times.observe(each.num_tokens, each.seconds, each.num_spans)
+        self.target.observe(load.num_tokens, load.target_s, load.num_spans)
         self._learn_host(load)
-        spent_s = load.target_s + load.host_s + sum(each.seconds for each in load.passes)
-        record, is_drafted = self._record(load.num_spans), load.num_nodes > 0
-        record.add(load.num_emitted, load.num_spans, spent_s, drafted=is_drafted)
         # Seconds as the model has them, so that a busy machine does not look like a bad tree.
         seconds = self._step_s(load.num_tokens, load.num_spans, load.num_nodes, load.passes)
+        self._bucket = _bucket(load.num_spans)
+        trial = self._trials.setdefault(self._bucket, Trial())
         goodput = self._goodput.setdefault(self._bucket, _Goodput())
-        goodput.add(load.num_emitted, load.num_spans, seconds)
+        goodput.add(load, seconds, was_told=trial.rest > 0)
+        spent_s = load.target_s + load.host_s + sum(each.seconds for each in load.passes)
+        trial.add(load.num_emitted, spent_s, drafted=load.num_nodes > 0)
 
     def pass_s(self, one: Pass) -> float:
         """What a drafter's pass costs by the model of times, in seconds."""
@@ -258,22 +230,25 @@ class Controller:
         drafting = sum(map(self.pass_s, passes))
         return _seconds(self.target, num_tokens, num_spans) + drafting + host
 
-    def _passes_s(
-        self, source: int, stop: int, num_spans: int, fed: float
-    ) -> npt.NDArray[np.float64]:
+    def _passes_s(self, source: int, stop: int, num_spans: int, fed: float) -> Floats:
         """[stop] seconds of a drafter's pass over 0, 1, … nodes of up to so many sequences.
 
         fed  tokens computed per node
         """
         times = self.drafters[source]
-        nodes = np.arange(stop, dtype=np.float64)
-        if times is None:
-            return _FREE_PASS_S * nodes
-        extra = np.minimum(nodes, num_spans) - 1
-        tokens = np.ceil(nodes * fed).astype(np.int64)
-        table = times.table(_round_up(int(tokens[-1]) + 1))
-        seconds: npt.NDArray[np.float64] = table[tokens] + times.span_s * np.maximum(0.0, extra)
-        return seconds
+        last = math.ceil((stop - 1) * fed)
+        table = _NO_TABLE if times is None else times.table(_round_up(last + 1))
+
+        def compute() -> Floats:
+            nodes = np.arange(stop, dtype=np.float64)
+            if times is None:
+                return _FREE_PASS_S * nodes
+            tokens = np.ceil(nodes * fed).astype(np.int64)
+            extra = np.minimum(nodes, num_spans) - 1
+            seconds: Floats = table[tokens] + times.span_s * np.maximum(0.0, extra)
+            return seconds
+
+        return self._kept((source, stop, num_spans, fed), table, compute)
 
     def _learn_host(self, load: StepLoad) -> None:
         """Follow the host's seconds: what is missing is blamed on each cost by its share."""

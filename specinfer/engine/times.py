@@ -2,13 +2,16 @@
 
 Speculation that never loses (SmartSpec, Sequoia) weighs expected tokens against measured seconds.
 A step costs `base(tokens) + span_s * (spans - 1)`: products grow with the tokens of all requests
-together, attention has a price per request, which on small models is most of a step.
+together, attention has a price per request, which on small models is most of a step. A machine that
+gets slower as a whole (longer contexts, other programs) does not change that shape, a size that was
+measured wrongly does: the two are learnt apart.
 """
 
+import bisect
 import itertools
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -16,26 +19,26 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-_RATE = 0.2
-"""The part of what is missing that one observation corrects at its own size."""
+_DRIFT_RATE = 0.15
+_OWN_RATE = 0.1
+"""The part of what is missing that one observation puts right: of every size, and of its own."""
 
-_FAR_SHARE = 0.05
-"""The part of that which reaches any other size, however far: the model-wide correction."""
-
-_MEMORY = 0.98
-"""Observations of a size count less by this factor with every observation of any."""
+_OWN_SHARE = 0.95
+"""Of what the drift does not explain; where one size alone is seen, the drift has all in time."""
 
 _RECENT = 5
-"""A size follows the median of so many observations: two busy moments among them change nothing."""
+"""Medians are of so many observations: two busy moments among them change nothing."""
 
 _FEWEST = 3
-"""Observations of a size before it corrects anything."""
+"""Observations before anything is corrected."""
 
 _CLIP = math.log(2.0)
 """The most that is taken to be missing at once, as a logarithm."""
 
 _NOTICEABLE = 0.02
-"""Tables change only when some correction has moved by this much, as a logarithm."""
+_LOOK_EVERY = 8
+"""Tables change only when a correction has moved by so much, as a logarithm, and in one observation
+of so many: making them takes longer than a small model's drafter."""
 
 _MAX_CURVES = 256
 """Tables kept; they differ by length and by number of spans."""
@@ -74,14 +77,15 @@ class StepTimes:
         self.spread = spread
         self._sizes = np.asarray(sizes, np.float64)
         self._measured = np.asarray(seconds, np.float64)
-        self._corrections = np.zeros(len(sizes))  # logarithms, what observations say
-        self._applied = np.zeros(len(sizes))  # the same, as of the last noticeable change
+        self._num_observed = 0
+        self._drift = 0.0  # logarithm, of all sizes
+        self._own = [0.0] * len(sizes)  # logarithms, what each size is off by itself
+        self._applied = [0.0] * len(sizes)  # own and drift together, as tables have them
+        self._residuals: deque[float] = deque(maxlen=_RECENT)
         self._recent: list[deque[float]] = [deque(maxlen=_RECENT) for _ in sizes]
-        self._counts = np.zeros(len(sizes))
-        self._weights = np.ones(len(sizes))  # the trust in each size, of the same moment
-        octaves = np.log2(self._sizes)
-        distances = octaves[:, None] - octaves[None, :]
-        self._nearness = _FAR_SHARE + (1 - _FAR_SHARE) * np.exp(-(distances**2))
+        self._counts = np.ones(len(sizes))  # the trust in each size
+        self._middles = [math.sqrt(a * b) for a, b in itertools.pairwise(sizes)]
+        self._bases: dict[int, float] = {}
         self._knots: dict[int, Floats] = {}
         self._curves: dict[tuple[int, int], tuple[Floats, Floats]] = {}
 
@@ -107,30 +111,38 @@ class StepTimes:
         return self._curves_for(stop, num_spans)[1]
 
     def observe(self, num_tokens: int, seconds: float, num_spans: int = 1) -> None:
-        """Correct by what a step took: fast near its size, slowly everywhere.
+        """Correct by what a step took: every size by what all have in common, its own by the rest.
 
-        The size follows the median of its last five ratios of observed to measured, so a moment in
-        which the machine was busy changes nothing. Other sizes follow the less the further they
-        are and the more they were observed themselves. The context's length is not modelled: this
-        absorbs it. Steps beyond four times the largest size (long prompts) are not used.
+        Medians of the last five are followed, so a moment in which the machine was busy changes
+        nothing. The context's length is not modelled: the drift absorbs it. Steps beyond four times
+        the largest size (long prompts) are not used. Costs a microsecond or two.
         """
         assert num_tokens >= 1
         if not 0 < seconds < math.inf or num_tokens > 4 * self.sizes[-1]:
             return
-        expected = self._line(np.asarray([num_tokens]), self._at_spans(num_spans))[0]
-        size = int(np.abs(np.log2(self._sizes) - math.log2(num_tokens)).argmin())
-        self._recent[size].append(math.log(seconds / expected))
-        self._counts *= _MEMORY
+        size = bisect.bisect_left(self._middles, num_tokens)
+        expected = self._base_s(num_tokens) + self.span_s * (num_spans - 1)
+        missing = math.log(seconds / expected)
+        recent = self._recent[size]
+        recent.append(missing)
         self._counts[size] += 1
-        if len(self._recent[size]) < _FEWEST:
+        self._residuals.append(missing - self._own[size])
+        if len(recent) < _FEWEST:
             return
-        missing = np.clip(float(np.median(self._recent[size])) - self._corrections, -_CLIP, _CLIP)
-        shares = self._nearness[size] / (1 + self._counts)
-        shares[size] = 1.0
-        self._corrections += _RATE * shares * missing
-        if np.abs(self._corrections - self._applied).max() > _NOTICEABLE:
-            self._applied = self._corrections.copy()
-            self._weights = 1 + self._counts
+        drift = _median(self._residuals) - self._drift
+        self._drift += _DRIFT_RATE * max(-_CLIP, min(_CLIP, drift))
+        own = _OWN_SHARE * (_median(recent) - self._drift) - self._own[size]
+        self._own[size] += _OWN_RATE * max(-_CLIP, min(_CLIP, own))
+        self._num_observed += 1
+        if self._num_observed % _LOOK_EVERY == 0:
+            self._apply()
+
+    def _apply(self) -> None:
+        """Make tables anew where what they were made with has moved."""
+        corrections = [self._drift + each for each in self._own]
+        moves = [abs(a - b) for a, b in zip(corrections, self._applied, strict=True)]
+        if max(moves) > _NOTICEABLE:
+            self._applied = corrections
             self._knots.clear()
             self._curves.clear()
 
@@ -153,6 +165,14 @@ class StepTimes:
         seconds = [float(each) for each in data["seconds"]]
         return cls(sizes, seconds, float(data["span_s"]), float(data["spread"]))
 
+    def _base_s(self, num_tokens: int) -> float:
+        """Measured seconds of one span, uncorrected."""
+        base_s = self._bases.get(num_tokens)
+        if base_s is None:
+            base_s = float(self._line(np.asarray([num_tokens]), self._measured)[0])
+            self._bases[num_tokens] = base_s
+        return base_s
+
     def _at_spans(self, num_spans: int) -> Floats:
         """Measured seconds at the measured sizes, for steps with so many spans."""
         assert num_spans >= 1
@@ -163,7 +183,7 @@ class StepTimes:
         knots = self._knots.get(num_spans)
         if knots is None:
             corrected = self._at_spans(num_spans) * np.exp(self._applied)
-            knots = _isotonic(corrected, self._weights)
+            knots = _isotonic(corrected, self._counts)
             self._knots[num_spans] = knots
         return knots
 
@@ -203,6 +223,11 @@ class StepTimes:
             corners = _lower_hull(points, table[points].tolist())
             hull[1:] = np.interp(np.arange(1, stop), corners, table[corners])
         return table, hull
+
+
+def _median(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
 
 
 def _isotonic(values: Floats, weights: Floats) -> Floats:
