@@ -282,7 +282,19 @@ class Arm:
     """One choice of drafters: what it brought."""
 
     total: float = 0.0
+    squares: float = 0.0
     count: float = 0.0
+
+    def add(self, reward: float) -> None:
+        """Count a step."""
+        self.total += reward
+        self.squares += reward * reward
+        self.count += 1.0
+
+    @property
+    def scatter(self) -> float:
+        """Sum of squared distances from the mean."""
+        return max(0.0, self.squares - self.total**2 / self.count) if self.count else 0.0
 
 
 @dataclass(slots=True)
@@ -294,7 +306,8 @@ class DrafterChoice:
 
     arms    the drafters of each
     common  what all sequences saw of each arm
-    source  SPIN (arXiv 2503.15921); upper confidence bounds (Auer et al. 2002)
+    source  SPIN (arXiv 2503.15921); upper confidence bounds (Auer et al. 2002), their width by how
+            much rewards vary
     """
 
     arms: Sequence[tuple[int, ...]]
@@ -317,18 +330,20 @@ class DrafterChoice:
         """Count a step: accepted tokens less the price of the drafters' passes, in tokens."""
         index = self.arms.index(tuple(sources))
         for arm in (self.own[index], self.common[index]):
-            arm.total += reward
-            arm.count += 1.0
+            arm.add(reward)
 
     def _best(self) -> int:
         bounds: list[float] = []
         rounds = sum(arm.count for arm in self.own) + 2.0
+        seen = sum(arm.count for arm in self.common)
+        spread = math.sqrt(sum(arm.scatter for arm in self.common) / max(1.0, seen))
         for own, common in zip(self.own, self.common, strict=True):
             if common.count == 0:
                 return len(bounds)  # nobody has tried it
             prior = common.total / common.count
             mean = (own.total + 2.0 * prior) / (own.count + 2.0)
-            bounds.append(mean + math.sqrt(0.5 * math.log(rounds) / (own.count + 2.0)))
+            bonus = spread * math.sqrt(2.0 * math.log(rounds) / (own.count + 2.0))
+            bounds.append(mean + bonus)
         return int(np.argmax(bounds))
 
 
