@@ -8,15 +8,18 @@ from specinfer.engine.trial import Trial
 
 
 def serve(
-    gain: float, *, noise: float = 0.1, seed: int = 0, steps: int = 4000
+    gain: float, *, noise: float = 0.1, seed: int = 0, steps: int = 4000, expected: float = 9.0
 ) -> tuple[Trial, list[bool]]:
-    """Steps whose trees bring `gain` times the tokens per second of plain ones."""
+    """Steps whose trees bring `gain` times the tokens per second of plain ones, which is 1.
+
+    expected  what plain ones are thought to bring
+    """
     trial, rng, drafted = Trial(), random.Random(seed), []
     for _ in range(steps):
         with_tree = trial.rest == 0
         tokens = 1 + (rng.randrange(5) if with_tree else 0)  # three on average
         seconds = (3.0 / gain if with_tree else 1.0) * rng.lognormvariate(0.0, noise)
-        trial.add(tokens, seconds, drafted=with_tree)
+        trial.add(tokens, seconds, drafted=with_tree, expected=expected)
         drafted.append(with_tree)
     return trial, drafted
 
@@ -48,7 +51,9 @@ def test_busy_moments_make_no_loser() -> None:
         seconds = 2.0 if with_tree else 1.0
         if step % 40 == 5:
             seconds *= 50
-        trial.add(1 + (rng.randrange(5) if with_tree else 0), seconds, drafted=with_tree)
+        trial.add(
+            1 + (rng.randrange(5) if with_tree else 0), seconds, drafted=with_tree, expected=9.0
+        )
         assert trial.rest <= 11, "1.5 times the tokens per second"
 
 
@@ -64,6 +69,7 @@ def test_a_machine_that_changes_is_noticed() -> None:
             1 + 2 * with_tree,
             (1.5 if with_tree else 1.0) * rng.lognormvariate(0, 0.05),
             drafted=with_tree,
+            expected=9.0,
         )
     assert count > 0.5 * 6000
 
@@ -72,5 +78,12 @@ def test_the_first_step_after_a_change_does_not_count() -> None:
     """Drafters catch up in it, and caches are full of what others used."""
     trial = Trial()
     for drafted in (True, True, *[False] * 4, True):
-        trial.add(1, 100.0, drafted=drafted)
+        trial.add(1, 100.0, drafted=drafted, expected=1.0)
     assert len(trial.drafted) == len(trial.plain) == 1
+
+
+def test_trees_that_win_beyond_doubt_are_not_compared() -> None:
+    _, drafted = serve(2.0, expected=1.0)
+    assert all(drafted)
+    _, drafted = serve(1.1, expected=1.0)
+    assert not all(drafted)

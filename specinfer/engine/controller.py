@@ -213,7 +213,21 @@ class Controller:
         goodput = self._goodput.setdefault(self._bucket, _Goodput())
         goodput.add(load, seconds, was_told=trial.rest > 0)
         spent_s = load.target_s + load.host_s + sum(each.seconds for each in load.passes)
-        trial.add(load.num_emitted, spent_s, drafted=load.num_nodes > 0)
+        trial.add(
+            load.num_emitted,
+            spent_s,
+            drafted=load.num_nodes > 0,
+            expected=self._plain_rate(load.num_spans),
+        )
+
+    def _plain_rate(self, num_spans: int) -> float:
+        """Tokens per second of plain steps: as measured at start-up or as corrected, the greater.
+
+        Corrections cannot tell trees that take longer than was thought from a slower machine.
+        """
+        corrected = self._step_s(num_spans, num_spans, 0, ())
+        step_s = self.target.measured(num_spans, num_spans)
+        return num_spans / min(step_s, corrected)
 
     def pass_s(self, one: Pass) -> float:
         """What a drafter's pass costs by the model of times, in seconds."""

@@ -95,6 +95,14 @@ class StepTimes:
             return 0.0
         return float(self._line(np.asarray([num_tokens]), self._knots_for(num_spans))[0])
 
+    def measured(self, num_tokens: int, num_spans: int = 1) -> float:
+        """The same as measured, uncorrected."""
+        base_s = self._bases.get(num_tokens)
+        if base_s is None:
+            base_s = float(self._line(np.asarray([num_tokens]), self._measured)[0])
+            self._bases[num_tokens] = base_s
+        return base_s + self.span_s * (num_spans - 1)
+
     def table(self, stop: int, num_spans: int = 1) -> Floats:
         """Seconds by number of tokens, corrected, for steps with so many spans.
 
@@ -121,8 +129,7 @@ class StepTimes:
         if not 0 < seconds < math.inf or num_tokens > 4 * self.sizes[-1]:
             return
         size = bisect.bisect_left(self._middles, num_tokens)
-        expected = self._base_s(num_tokens) + self.span_s * (num_spans - 1)
-        missing = math.log(seconds / expected)
+        missing = math.log(seconds / self.measured(num_tokens, num_spans))
         recent = self._recent[size]
         recent.append(missing)
         self._counts[size] += 1
@@ -164,14 +171,6 @@ class StepTimes:
         sizes = [int(size) for size in data["sizes"]]
         seconds = [float(each) for each in data["seconds"]]
         return cls(sizes, seconds, float(data["span_s"]), float(data["spread"]))
-
-    def _base_s(self, num_tokens: int) -> float:
-        """Measured seconds of one span, uncorrected."""
-        base_s = self._bases.get(num_tokens)
-        if base_s is None:
-            base_s = float(self._line(np.asarray([num_tokens]), self._measured)[0])
-            self._bases[num_tokens] = base_s
-        return base_s
 
     def _at_spans(self, num_spans: int) -> Floats:
         """Measured seconds at the measured sizes, for steps with so many spans."""

@@ -20,6 +20,9 @@ _COLD = 3
 _CLEAR = 2.0
 """Standard errors between what is chance and what is not."""
 
+_SURE = 1.3
+"""Times what plain steps bring by the model of times: beyond it nothing needs to be compared."""
+
 _OFTEN = 64
 _SELDOM = 512
 """Steps with trees between two blocks of plain ones; seldom where trees win clearly."""
@@ -49,11 +52,14 @@ class Trial:
     _num_drafted: int = 0  # in a row
     _since_plain: int = _OFTEN - _ENOUGH
 
-    def add(self, tokens: int, seconds: float, *, drafted: bool) -> None:
-        """Count a step, and decide whether the next ones go without a tree."""
+    def add(self, tokens: int, seconds: float, *, drafted: bool, expected: float) -> None:
+        """Count a step, and decide whether the next ones go without a tree.
+
+        expected  tokens per second of a plain step, by the model of times
+        """
         self.rest = max(0, self.rest - 1)
         if drafted:
-            self._add_drafted(tokens, seconds)
+            self._add_drafted(tokens, seconds, expected)
             return
         self._num_plain += 1
         self._num_drafted = 0
@@ -63,17 +69,22 @@ class Trial:
             self._since_plain = 0
             self._judge()
 
-    def _add_drafted(self, tokens: int, seconds: float) -> None:
+    def _add_drafted(self, tokens: int, seconds: float, expected: float) -> None:
         self._num_plain = 0
         self._num_drafted += 1
         self._since_plain += 1
         if self._num_drafted > 1:  # the first one catches up with what was not drafted
             self.drafted.append((tokens, seconds))
         enough = len(self.drafted) >= _ENOUGH and self._since_plain >= _OFTEN
-        if enough and self._since_plain % _BLOCK == 0:
-            seldom = len(self.plain) >= _BLOCK and self.advantage > _CLEAR
-            if not seldom or self._since_plain >= _SELDOM:
-                self.rest = _COLD + _BLOCK
+        if enough and self._since_plain % _BLOCK == 0 and self._is_due(expected):
+            self.rest = _COLD + _BLOCK
+
+    def _is_due(self, expected: float) -> bool:
+        """Whether plain steps should be taken to compare with."""
+        if math.exp(_log_rate(self.drafted)[0]) > _SURE * expected:
+            return False
+        wins = len(self.plain) >= _BLOCK and self.advantage > _CLEAR
+        return not wins or self._since_plain >= _SELDOM
 
     def _judge(self) -> None:
         """With plain steps just taken: rest, the longer the oftener trees have lost."""
