@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 _FADE = 0.98
 """What past steps weigh, from one to the next, in λ."""
 
-_MARGIN = 1.03
+_MARGIN = 1.05
 """Trees are priced above what they must be worth: what they are worth is an estimate."""
 
 _PATIENCE = 8
@@ -265,14 +265,18 @@ class Controller:
         return self._kept((source, stop, num_spans, fed), table, compute)
 
     def _learn_host(self, load: StepLoad) -> None:
-        """Follow the host's seconds: what is missing is blamed on each cost by its share."""
+        """Follow the host's seconds: what is missing is blamed on each cost by its share.
+
+        Normalised least mean squares in logarithms: a step moves what it was expected to take by
+        `_HOST_RATE` of what was missing, however many costs share it.
+        """
         counts = (1, load.num_spans, load.num_nodes, len(load.passes))
-        shares = [count * each for count, each in zip(counts, self._host_s, strict=True)]
-        expected = sum(shares)
+        parts = [count * each for count, each in zip(counts, self._host_s, strict=True)]
+        expected = sum(parts)
         missing = min(load.host_s, 3 * expected) / expected - 1  # a busy moment is no cost
+        rate = _HOST_RATE * missing * expected / sum(part * part for part in parts)
         self._host_s = [
-            each * math.exp(_HOST_RATE * missing * share / expected)
-            for each, share in zip(self._host_s, shares, strict=True)
+            each * math.exp(rate * part) for each, part in zip(self._host_s, parts, strict=True)
         ]
 
 
