@@ -118,12 +118,15 @@ def find_divergence(
         return Divergence(number, position, *ended, math.inf)
     text = [*prompt, *expected[:position]]
     scores = plain_logits(engine.target.decoder, text)[-1:]
-    banned: list[tuple[int, Sequence[int]]] = []
-    if position < params.min_tokens:
-        ends = set() if params.ignore_eos else set(engine.tokenizer.eos_token_ids)
-        banned = [(0, sorted(ends | set(params.stop_token_ids or ())))]
-    filters = sampling.RowFilters.of([(params, 1)], banned=banned, device=scores.device)
-    if not params.is_greedy:
+    ends = frozenset() if params.ignore_eos else engine.tokenizer.eos_token_ids
+    history = engine.constraints.history(
+        params, len(prompt), ends.union(params.stop_token_ids or ())
+    )
+    edits = None if history is None else history.edits(text, TokenTree(text[-1]), [0])
+    filters = sampling.RowFilters.of([(params, 1)], edits=[edits], device=scores.device)
+    if params.is_greedy:
+        scores = scores if filters.edits is None else filters.edits.apply(scores)
+    else:
         assert params.seed is not None, "only greedy and seeded texts can be compared"
         noise = sampling.gumbel_noise(params.seed, sample, len(text), scores.shape[-1])
         p = sampling.target_laws(scores, filters)

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from specinfer.llm import LLM
-    from specinfer.request import CompletionOutput, RequestOutput, RequestStats, SamplingParams
+    from specinfer.request import (
+        CompletionOutput,
+        Logprob,
+        RequestOutput,
+        RequestStats,
+        SamplingParams,
+    )
+    from specinfer.structured import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -32,6 +39,7 @@ __all__ = [  # noqa: RUF022 - plain alphabetical order
     "DependencyError",
     "LLM",
     "LawError",
+    "Logprob",
     "ModelError",
     "ModelNotFoundError",
     "RequestError",
@@ -40,6 +48,7 @@ __all__ = [  # noqa: RUF022 - plain alphabetical order
     "SamplingParams",
     "SpecInferError",
     "Speculation",
+    "StructuredOutputsParams",
     "UnsupportedModelError",
 ]
 
@@ -47,10 +56,12 @@ _MODULES = {
     "AsyncLLM": "async_llm",
     "CompletionOutput": "request",
     "LLM": "llm",
+    "Logprob": "request",
     "RequestOutput": "request",
     "RequestStats": "request",
     "SamplingParams": "request",
     "Speculation": "config",
+    "StructuredOutputsParams": "structured",
 }
 
 

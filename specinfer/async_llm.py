@@ -63,6 +63,8 @@ class AsyncLLM:
         Leaving the loop early, or being cancelled, aborts the request.
         """
         params = sampling_params or self.llm.default_sampling_params()
+        if params.structure is not None:  # may take a while, and steps should not wait for it
+            await asyncio.to_thread(self.llm.engine.constraints.prepare, params)
         client = _Client(asyncio.get_running_loop(), asyncio.Queue())
         with self._closing:
             if self._closed:

@@ -63,11 +63,16 @@ class Pending:
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
             outputs=[
-                replace(sequence.output, token_ids=list(sequence.output.token_ids))
+                replace(
+                    sequence.output,
+                    token_ids=list(sequence.output.token_ids),
+                    logprobs=_copied(sequence.output.logprobs),
+                )
                 for sequence in self.sequences
             ],
             finished=self.is_finished,
             stats=stats,
+            prompt_logprobs=_copied(self.sequences[0].prompt_logprobs),
         )
 
 
@@ -261,6 +266,10 @@ class LLM:
                 f"{len(params)} sampling_params for {count} prompts: give one, or one per prompt"
             )
         return list(params)
+
+
+def _copied(values: list[Any] | None) -> list[Any] | None:
+    return None if values is None else list(values)
 
 
 def _read_calibration(file: str | Path | None) -> Calibration:

@@ -7,21 +7,19 @@ from typing import Any, Literal
 
 from specinfer.config import Speculation, check_integer, is_number, read_speculation
 from specinfer.errors import ConfigError
+from specinfer.structured import (
+    StructuredOutputsParams,
+    read_response_format,
+    read_structured_outputs,
+)
 
 FinishReason = Literal["stop", "length", "abort"]
 
-UNBUILT_FIELDS = (
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "logprobs",
-    "prompt_logprobs",
-    "response_format",
-    "structured_outputs",
-    "bad_words",
-    "allowed_token_ids",
-    "priority",
+UNBUILT_FIELDS = ("priority",)
+
+_NUMBERS = (
+    *("temperature", "top_p", "min_p", "target_tpot_s"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
 
 
@@ -48,8 +46,25 @@ class SamplingParams:
                      that is late is given more of the step's drafting
     skip_special_tokens         leave special tokens out of the text
     include_stop_str_in_output  keep the stop string in the text
+    presence_penalty    taken from the logits of tokens that the output has, in [-2, 2]
+    frequency_penalty   the same as often as the output has them, in [-2, 2]
+    repetition_penalty  divides the logits of tokens that prompt or output have, or multiplies them
+                        where they are negative; above 0, 1 for none
+    logit_bias          {token id: what is added to its logit}
+    bad_words           texts that the output will not have: the token that would complete one, as
+                        the tokenizer writes it at the start of a text or after a space, is banned
+    allowed_token_ids   the only tokens that may come, end tokens included
+    structured_outputs  what the output must be: `StructuredOutputsParams` or its fields, such as
+                        {"regex": "[0-9]+"}
+    response_format     the same as OpenAI has it, such as {"type": "json_object"}
+    logprobs            so many of the likeliest tokens at each place, beside the one that came,
+                        with their log-probabilities in the unfiltered model; 0: that one; -1: all
+    prompt_logprobs     the same for the prompt
 
-    Filters apply in the order min_tokens, temperature, min_p, top_k, top_p.
+    Filters apply in one order: structured output, allowed_token_ids, bad_words; logit_bias and
+    min_tokens; penalties; temperature; min_p; top_k; top_p. Of the first three and min_tokens, one
+    that would leave no token to come is left out there: structured output goes before all others.
+    Each is a function of prompt, output and nothing else, so trees change nothing.
     raises  ConfigError for a value out of range, or for a field that is not built yet
     """
 
@@ -72,8 +87,8 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
+    response_format: Mapping[str, Any] | None = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
     priority: int = 0
@@ -86,7 +101,7 @@ class SamplingParams:
             if getattr(self, name) != _DEFAULTS[name]:
                 raise ConfigError(f"{name} is not built yet: leave it out")
         self._check_types()
-        _ = self.own_speculation
+        _ = self.own_speculation, self.structure
         requirements = (
             ("temperature", 0 <= self.temperature < math.inf, "finite and at least 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
@@ -96,6 +111,15 @@ class SamplingParams:
                 self.target_tpot_s is None or 0 < self.target_tpot_s < math.inf,
                 "above 0 and finite",
             ),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 and finite"),
+            (
+                "allowed_token_ids",
+                self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
+                "not empty",
+            ),
+            ("bad_words", "" not in (self.bad_words or ()), "free of empty strings"),
             ("stop", "" not in self.stop_strings, "free of empty strings"),
         )
         for name, holds, rule in requirements:
@@ -112,13 +136,23 @@ class SamplingParams:
         for name, least in (("max_tokens", 1), ("seed", 0)):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least=least)
-        for name in ("temperature", "top_p", "min_p", "target_tpot_s"):
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=-1)
+        for name in _NUMBERS:
             value = getattr(self, name)
             if not is_number(value) and (value is not None or name != "target_tpot_s"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        if not isinstance(stops, Iterable) or not all(isinstance(stop, str) for stop in stops):
+        if not _is_list_of(str, stops):
             raise ConfigError(f"stop={self.stop!r} must be a string or a list of strings")
+        if isinstance(self.bad_words, str) or not _is_list_of(str, self.bad_words or ()):
+            raise ConfigError(f"bad_words={self.bad_words!r} must be a list of strings")
+        biases = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(biases, Mapping) or not all(
+            is_number(bias) and math.isfinite(bias) for bias in biases.values()
+        ):
+            raise ConfigError(f"logit_bias={biases!r} must give a finite number per token id")
         if not isinstance(self.prediction, str | Sequence | None):
             raise ConfigError(
                 f"prediction={self.prediction!r} must be a text or a list of token ids"
@@ -126,8 +160,11 @@ class SamplingParams:
         if not isinstance(self.prediction, str):
             for token in self.prediction or ():
                 check_integer("prediction: token id", token, least=0)
-        for token in self.stop_token_ids or ():
-            check_integer("stop_token_ids: token id", token, least=0)
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            if not _is_list_of(object, tokens := getattr(self, name) or ()):
+                raise ConfigError(f"{name}={tokens!r} must be a list of token ids")
+            for token in tokens:
+                check_integer(f"{name}: token id", token, least=0)
 
     @property
     def own_speculation(self) -> Speculation | None:
@@ -140,6 +177,21 @@ class SamplingParams:
                 '{"tree": "off"}'
             )
         return read_speculation(self.speculation)
+
+    @property
+    def structure(self) -> StructuredOutputsParams | None:
+        """What the output must be, whichever of the two fields says it; None: anything.
+
+        raises  ConfigError if both do
+        """
+        asked = None
+        if self.response_format is not None:
+            asked = read_response_format(self.response_format)
+        if self.structured_outputs is None:
+            return asked
+        if asked is not None:
+            raise ConfigError("response_format and structured_outputs both ask: give one")
+        return read_structured_outputs(self.structured_outputs)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -155,6 +207,27 @@ class SamplingParams:
 
 
 _DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}
+
+
+def _is_list_of(kind: type, values: Any) -> bool:
+    return isinstance(values, Iterable) and all(isinstance(each, kind) for each in values)
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """How likely a token was in the model's own law, before any filter.
+
+    rank           1 for the likeliest; as in vLLM a token tied with others counts them all
+    decoded_token  its text alone; bytes that are no whole character become U+FFFD
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+Logprobs = dict[int, Logprob]
+"""At one place, by token id: the token that stands there first, then the likeliest."""
 
 
 @dataclass(slots=True)
@@ -201,7 +274,10 @@ class RequestStats:
 class CompletionOutput:
     """One sampled continuation; finish_reason is None while it runs.
 
-    stop_reason  the stop string or stop token that ended it; None for the model's own end token
+    stop_reason         the stop string or stop token that ended it; None for the model's own end
+                        token
+    logprobs            per token, where they were asked for
+    cumulative_logprob  their sum over the tokens that came
     """
 
     index: int
@@ -209,13 +285,17 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    logprobs: None = None
-    cumulative_logprob: None = None
+    logprobs: list[Logprobs] | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request's continuations so far, and what speculation did for it."""
+    """A request's continuations so far, and what speculation did for it.
+
+    prompt_logprobs  per token of the prompt as far as it is computed, where they were asked for;
+                     None for the first: nothing stands before it
+    """
 
     request_id: str
     prompt: str | None
@@ -223,4 +303,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = False
     stats: RequestStats = field(default_factory=RequestStats)
-    prompt_logprobs: None = None
+    prompt_logprobs: list[Logprobs | None] | None = None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from specinfer.errors import LawError
+from specinfer.history import Edits, RowEdits
 from specinfer.request import SamplingParams
 from specinfer.tree import PICK, Floats, Law, TokenTree
 
@@ -44,7 +45,7 @@ class RowFilters:
     """What rows of logits have to go through; None where no row asks for it.
 
     greedy       [n] int64, the rows whose law is a point mass at the likeliest token
-    banned       ([n] int64 rows, [n] int64 tokens) that must not be sampled
+    edits        what the rows' histories do to them before anything else
     temperature  [rows, 1] float32
     min_p        [rows, 1] float32, the logarithm of min_p
     top_k        [rows, 1] int64; the vocabulary or more keeps all
@@ -54,7 +55,7 @@ class RowFilters:
 
     num_rows: int
     greedy: Tensor | None = None
-    banned: tuple[Tensor, Tensor] | None = None
+    edits: RowEdits | None = None
     temperature: Tensor | None = None
     min_p: Tensor | None = None
     top_k: Tensor | None = None
@@ -67,14 +68,14 @@ class RowFilters:
         cls,
         runs: Sequence[tuple[SamplingParams, int]],
         *,
-        banned: Sequence[tuple[int, Iterable[int]]] = (),
+        edits: Sequence[Edits | None] = (),
         device: torch.device | str = "cpu",
     ) -> "RowFilters":
         """Collect the filters of consecutive rows.
 
         runs    per request its parameters and its number of rows, in the order of the rows; not
                 empty
-        banned  (row, tokens that must not be sampled there); see `early_rows`
+        edits   per request what its history does to its rows; () where none has any
         cost    O(rows) on the host, and one small copy to the device per filter asked for
         """
         counts = [count for _, count in runs]
@@ -86,21 +87,22 @@ class RowFilters:
             rows = np.repeat(np.array(values, dtype), counts)[:, None]
             return torch.from_numpy(rows).to(device)
 
-        def index(values: npt.ArrayLike) -> Tensor:
-            return torch.from_numpy(np.asarray(values, np.int64)).to(device)
-
         temperatures = [each.temperature for each in params]
         log_min_ps = [math.log(each.min_p) if each.min_p else -math.inf for each in params]
         top_ks = [each.top_k if each.top_k > 0 else _ALL for each in params]
         top_ps = [math.ceil(each.top_p * _UNITS) if each.top_p < 1 else _ALL for each in params]
         greedy = [each.is_greedy for each, _ in runs]
-        bans = [(row, token) for row, tokens in banned for token in tokens]
+        edited: list[tuple[int, int, Edits]] = []
+        if any(edits):
+            starts = np.cumsum([0, *counts]).tolist()
+            rows = zip(starts[:-1], counts, edits, strict=True)
+            edited = [(start, count, each) for start, count, each in rows if each is not None]
         return cls(
             num_rows=sum(counts),
-            greedy=index(np.flatnonzero(np.repeat(greedy, counts))) if any(greedy) else None,
-            banned=(index([row for row, _ in bans]), index([token for _, token in bans]))
-            if bans
+            greedy=torch.from_numpy(np.flatnonzero(np.repeat(greedy, counts))).to(device)
+            if any(greedy)
             else None,
+            edits=RowEdits.of(edited, device=device) if edited else None,
             temperature=column(any(x != 1 for x in temperatures), temperatures, np.float32),
             min_p=column(max(log_min_ps) > -math.inf, log_min_ps, np.float32),
             top_k=column(min(top_ks) < _ALL, top_ks, np.int64),
@@ -110,27 +112,18 @@ class RowFilters:
         )
 
 
-def early_rows(depths: Sequence[int], num_output: int, min_tokens: int) -> list[int]:
-    """The nodes of a tree after which end tokens are still banned.
-
-    depths      per node; the law after a node at depth d is that of output token num_output + d
-    num_output  output tokens so far, the root among them unless it ends the prompt
-    """
-    return [node for node, depth in enumerate(depths) if num_output + depth < min_tokens]
-
-
 def target_laws(logits: Tensor, filters: RowFilters) -> Tensor:
     """Make p, the law the user asked for, from the target's logits.
 
     logits   [rows, vocab] of any float dtype, on any device; left as they are
     returns  [rows, vocab] float32, rows sum to 1; a row depends on nothing but its own logits and
              filters, to the last bit
-    law      softmax, after: banned tokens; temperature; min_p; top_k; top_p. As vLLM's, except
-             that tokens tied with the last one kept are kept too (vLLM: in top_k only). Greedy
-             rows: all mass on the likeliest token, the lowest id among equals
+    law      softmax, after: the history's edits; temperature; min_p; top_k; top_p. As vLLM's,
+             except that tokens tied with the last one kept are kept too (vLLM: in top_k only).
+             Greedy rows: all mass on the likeliest token, the lowest id among equals
     cost     one softmax, and one O(vocab) pass or two for each filter that some row asks for
     """
-    scores = _allowed(logits, filters)
+    scores = _edited(logits, filters)
     greedy = filters.greedy
     if greedy is None:
         return torch.softmax(_filtered(scores, filters), -1)
@@ -144,20 +137,18 @@ def target_laws(logits: Tensor, filters: RowFilters) -> Tensor:
 
 
 def greedy_picks(logits: Tensor, filters: RowFilters) -> Tensor:
-    """The likeliest token of each row that is not banned, the lowest id among equals.
+    """The likeliest token of each row once it is edited, the lowest id among equals.
 
     logits   [rows, vocab]; rows that are not greedy are treated as if they were
     returns  [rows] int64: `target_laws` of greedy rows without writing out their laws
     """
-    return _argmax(_allowed(logits, filters))
+    return _argmax(_edited(logits, filters))
 
 
-def _allowed(logits: Tensor, filters: RowFilters) -> Tensor:
+def _edited(logits: Tensor, filters: RowFilters) -> Tensor:
     assert logits.shape[0] == filters.num_rows
     scores = logits.float()
-    if filters.banned is not None:
-        scores = scores.index_put(filters.banned, scores.new_full((), -math.inf))
-    return scores
+    return scores if filters.edits is None else filters.edits.apply(scores)
 
 
 def _argmax(scores: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def enumerate_chance(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exact_laws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the builders take a `ToyDrafter`'s float64 laws as they are.
+    """Let the builders take a `ToyDrafter`'s float64 laws as they are, edited by histories.
 
     Filters and the softmax, which round to float32, are all that is left out: a slot's recorded law
     is then the row that its token was drawn from, to the last bit, and verified in float64.
@@ -124,9 +124,18 @@ def exact_laws(monkeypatch: pytest.MonkeyPatch) -> None:
     made = growth.target_laws
 
     def laws(answer: Tensor, filters: Any) -> Tensor:
-        return answer.clone() if answer.dtype == torch.float64 else made(answer, filters)
+        return (
+            edited_laws(answer, filters) if answer.dtype == torch.float64 else made(answer, filters)
+        )
 
     monkeypatch.setattr(growth, "target_laws", laws)
+
+
+def edited_laws(laws: Tensor, filters: Any) -> Tensor:
+    """Laws behind the edits of their rows' histories, all in float64."""
+    if filters.edits is None:
+        return laws.clone()
+    return torch.softmax(filters.edits.apply(laws.log()), -1)
 
 
 def verify_greedy(tree: TokenTree, p: Any) -> Verdict:

@@ -15,6 +15,7 @@ import pytest
 
 from specinfer.cli.chat import _Chat
 from specinfer.cli.options import _GROUPS, _RENAMED, Asked, read_help, shown
+from specinfer.errors import ConfigError
 from specinfer.llm import LLM
 from specinfer.request import UNBUILT_FIELDS, SamplingParams
 from tests.command_line import STORY, refuses, run
@@ -58,13 +59,11 @@ def test_a_full_disk_is_a_sentence() -> None:
     assert result.stderr == "error: [Errno 28] No space left on device\n"
 
 
-def test_what_a_model_asks_for_and_is_not_built_is_said(
-    loaded: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_model_asks_for_is_done(loaded: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     defaults = {"repetition_penalty": 1.1, "top_p": 0.8}
     monkeypatch.setattr(loaded.tokenizer, "generation_defaults", defaults)
-    with pytest.warns(UserWarning, match="repetition_penalty, which is not built yet"):
-        assert loaded.default_sampling_params().top_p == 0.8
+    params = loaded.default_sampling_params(top_k=3)
+    assert (params.repetition_penalty, params.top_p, params.top_k) == (1.1, 0.8, 3)
 
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -78,7 +77,7 @@ def test_every_built_field_is_a_flag_with_help(monkeypatch: pytest.MonkeyPatch) 
             name = _RENAMED.get((group, field.name), field.name)
             assert f"--{name.replace('_', '-')}" in text
             assert read_help(group).get(field.name), f"{group.__name__}.{field.name} has no help"
-    for name in UNBUILT_FIELDS:
+    for name in (*UNBUILT_FIELDS, "logprobs"):
         assert f"--{name.replace('_', '-')}" not in text
     assert "--speculation " not in text, "a command line has one request: its parts are flags"
 
@@ -91,6 +90,23 @@ def test_flags_become_the_dataclasses() -> None:
     assert asked.drafters == ("zoo:parley-draft",)
     assert Asked.read({"model": "zoo:parley-draft"}).drafters == ()
     assert Asked.read({"drafter": ["none"]}).drafters == ()
+
+
+def test_flags_in_json_become_values() -> None:
+    given = {
+        "logit_bias": '{"17": -2.5}',
+        "structured_outputs": '{"choice": ["yes", "no"]}',
+        "bad_words": ["um"],
+        "allowed_token_ids": [3, 4],
+        "repetition_penalty": 1.2,
+    }
+    assert Asked.read(given).sampling == {
+        **given,
+        "logit_bias": {17: -2.5},
+        "structured_outputs": {"choice": ["yes", "no"]},
+    }
+    with pytest.raises(ConfigError, match="is no JSON: give such as"):
+        Asked.read({"logit_bias": "[1]"})
 
 
 def test_speculative_config_names_drafter_and_tree() -> None:

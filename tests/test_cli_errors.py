@@ -152,7 +152,7 @@ def test_bad_input_is_one_sentence(args: list[str], words: list[str]) -> None:
     "args",
     [
         ["generate", "Hi", "--no-such-flag"],
-        ["generate", "Hi", "--presence-penalty", "1"],
+        ["generate", "Hi", "--priority", "1"],
         ["generate", "Hi", "--max-tokens", "many"],
         ["tree", "Hi", "--steps", "0"],
         ["no-such-command"],

@@ -19,7 +19,7 @@ ERRORS = {
 }
 PUBLIC = {
     *("LLM", "AsyncLLM", "SamplingParams", "Speculation"),
-    *("RequestOutput", "CompletionOutput", "RequestStats"),
+    *("RequestOutput", "CompletionOutput", "RequestStats", "Logprob", "StructuredOutputsParams"),
     *ERRORS,
 }
 

@@ -112,7 +112,7 @@ def is_empty(llm: LLM) -> bool:
     return (
         not llm.engine.has_work
         and free_blocks(llm.engine) == allocator.num_blocks
-        and not any(each._drafter._states for each in timed)
+        and not any(getattr(each._drafter, "_states", None) for each in timed)
     )
 
 

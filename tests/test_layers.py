@@ -6,7 +6,7 @@
     4 run          run
     3 models       models: of the floors below, only the ground and ops
     2 mechanism    ops, cache, text, grammar: not each other, and no tree
-    1 mathematics  request < tree < sampling < verify < baselines
+    1 mathematics  structured < request < tree < history < sampling < verify < baselines
     0 ground       errors < config < dist
 
 Imports inside functions and under TYPE_CHECKING count as well.
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "specinfer"
 
 GROUND = ("errors", "config", "dist")
-MATHEMATICS = ("request", "tree", "sampling", "verify", "baselines")
+MATHEMATICS = (*("structured", "request", "tree", "history", "sampling", "verify", "baselines"),)
 MECHANISM = ("ops", "cache", "text", "grammar")
 FACES = ("cli", "serve", "train", "llm", "async_llm", "bench", "draw", "progress", "__main__")
 FLOORS: dict[str, int] = {
@@ -82,7 +82,7 @@ def complaint(importer: str, imported: str) -> str | None:
             return f"the order is {' < '.join(order)}"
     if {importer, imported} <= set(MECHANISM):
         return "mechanisms do not import each other"
-    if importer in MECHANISM and imported in ("tree", "sampling", "verify", "baselines"):
+    if importer in MECHANISM and imported in ("tree", "history", "sampling", "verify", "baselines"):
         return "a mechanism knows no tree: a mask is a tensor there"
     if importer == "models" and imported not in (*GROUND, "ops"):
         return "models know no cache, no request and no tree"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specinfer import sampling
 from specinfer.errors import LawError
+from specinfer.history import Edits
 from specinfer.request import SamplingParams
 from specinfer.sampling import (
     RowFilters,
@@ -20,7 +21,6 @@ from specinfer.sampling import (
     coin,
     draw,
     draw_without_replacement,
-    early_rows,
     greedy_picks,
     gumbel_noise,
     request_generator,
@@ -134,24 +134,22 @@ def test_ties_at_a_cut_stay_together_and_greedy_takes_the_lowest_id() -> None:
         assert greedy_picks(logits, filters).tolist() == [1]
 
 
-def test_banned_tokens_have_no_mass_in_their_rows_alone() -> None:
+def test_edits_reach_their_rows_alone() -> None:
     logits = random_logits(4, 6)
     before = logits.clone()
     runs = [(SamplingParams(temperature=0), 2), (SamplingParams(top_k=2), 2)]
     best = logits.argmax(-1).tolist()
-    filters = RowFilters.of(runs, banned=[(0, (best[0], 3)), (2, (best[2],))])
+    edits = [
+        Edits(banned={0: frozenset({best[0], 3})}),
+        Edits(banned={0: frozenset({best[2]})}),
+    ]
+    filters = RowFilters.of(runs, edits=edits)
     p = target_laws(logits, filters)
     assert p[0, best[0]] == p[0, 3] == p[2, best[2]] == 0
     assert p[1, best[1]] == 1
     assert p[3, best[3]] > 0
     assert greedy_picks(logits, filters)[0] == p[0].argmax()
     assert torch.equal(logits, before), "logits are left as they are"
-
-
-def test_end_tokens_are_banned_until_enough_are_out() -> None:
-    assert early_rows([0, 1, 1, 2], num_output=2, min_tokens=4) == [0, 1, 2]
-    assert early_rows([0, 1], num_output=4, min_tokens=4) == []
-    assert early_rows([0, 1], num_output=0, min_tokens=0) == []
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e-3])

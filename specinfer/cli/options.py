@@ -5,6 +5,7 @@ what was given on the command line is passed on, so that a model's own defaults 
 """
 
 import inspect
+import json
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
@@ -64,9 +65,15 @@ _GROUPS: tuple[tuple[str, type], ...] = (
     ("Speculation", Speculation),
     ("Engine", EngineConfig),
 )
-_FLAG_TYPES: dict[str, Any] = {"prediction": str}
-_NO_FLAGS = ("speculation",)
-"""A request's own speculation: on the command line there is one request, and flags of its parts."""
+_AS_JSON = {
+    "logit_bias": '{"17": -2.5}',
+    "structured_outputs": '{"regex": "[0-9]+"}',
+    "response_format": '{"type": "json_object"}',
+}
+_FLAG_TYPES: dict[str, Any] = {"prediction": str, **dict.fromkeys(_AS_JSON, str)}
+_NO_FLAGS = ("speculation", "logprobs", "prompt_logprobs")
+"""A request's own speculation: on the command line there is one request, and flags of its parts.
+Log-probabilities: the commands show text."""
 
 _RENAMED: dict[tuple[type, str], str] = {(EngineConfig, "seed"): "engine_seed"}
 
@@ -101,6 +108,9 @@ class Asked:
             }
             for _, group in _GROUPS
         }
+        for name in _AS_JSON:
+            if name in values[SamplingParams]:
+                values[SamplingParams][name] = _read_json(name, values[SamplingParams][name])
         loading = Loading(**values[Loading])
         if loading.calibration is not None:
             check_writable(Path(loading.calibration))
@@ -249,6 +259,17 @@ def _resolve_drafters(loading: Loading, were_given: bool) -> tuple[str, ...]:
     if len(loading.drafter) > 1:
         raise ConfigError("--drafter none cannot be combined with other drafters: give one or none")
     return ()
+
+
+def _read_json(name: str, text: str) -> Any:
+    """A flag's JSON; logit_bias has token ids for names, which JSON writes as text."""
+    try:
+        value = json.loads(text)
+        if name == "logit_bias":
+            return {int(token): bias for token, bias in value.items()}
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{name}={text!r} is no JSON: give such as {_AS_JSON[name]}") from None
+    return value
 
 
 def _escape(text: str) -> str:

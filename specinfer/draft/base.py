@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from specinfer.cache.blocks import Pages
+from specinfer.history import History
 from specinfer.tree import TokenTree
 
 Pick = tuple[int, float]
@@ -23,6 +24,7 @@ class Draft:
     tree        the tree this drafter is growing: node ids below are this tree's own
     prediction  what the caller expects the output to be; () for nothing
     num_prompt  tokens before the output; None: it begins where the first expand finds the end
+    history     what the request's laws depend on beside the logits; None: nothing
     """
 
     key: int
@@ -31,6 +33,7 @@ class Draft:
     tree: TokenTree
     prediction: Sequence[int] = ()
     num_prompt: int | None = None
+    history: History | None = None
 
 
 class Drafter(Protocol):

@@ -300,7 +300,7 @@ class Calibration:
 
 def kind_of(drafter: str) -> str:
     """Whose priors a drafter starts from, by its name."""
-    return drafter if drafter in ("ngram", "prediction") else "model"
+    return drafter if drafter in ("ngram", "prediction", "forced") else "model"
 
 
 @functools.cache

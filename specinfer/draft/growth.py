@@ -17,6 +17,7 @@ from specinfer.cache.blocks import Pages
 from specinfer.config import Draw
 from specinfer.draft.base import Draft, Drafter, Pick
 from specinfer.draft.calibration import Features, Fortune, Regime
+from specinfer.history import Edits, History
 from specinfer.request import SamplingParams
 from specinfer.sampling import RowFilters, SeededNoise, target_laws
 from specinfer.tree import TokenTree
@@ -26,7 +27,7 @@ from specinfer.tree import TokenTree
 class Growth:
     """One request's tree to be grown in this step.
 
-    key, tokens, pages, prediction, num_prompt  as `Draft` has them
+    key, tokens, pages, prediction, num_prompt, history  as `Draft` has them
     params      the drafters' law: the request's filters at the drafters' temperature
     draw        how slots are drawn, resolved: never "auto"
     regime      whose tables to read
@@ -52,6 +53,7 @@ class Growth:
     max_depth: int
     prediction: Sequence[int] = ()
     num_prompt: int | None = None
+    history: History | None = None
     urgency: float = 1.0
     fortunes: Mapping[int, Fortune] = field(default_factory=dict)
 
@@ -60,9 +62,23 @@ class Growth:
         fortune = self.fortunes.get(source)
         return 1.0 if fortune is None else fortune.odds
 
+    def edits(self, draft: Draft, nodes: Sequence[int]) -> Edits | None:
+        """What is done to a drafter's words after some nodes, as to the target's own."""
+        if self.history is None:
+            return None
+        return self.history.edits(self.tokens, draft.tree, nodes)
+
     def draft(self, tree: TokenTree) -> Draft:
         """This request for drafters that grow this tree."""
-        return Draft(self.key, self.tokens, self.pages, tree, self.prediction, self.num_prompt)
+        return Draft(
+            self.key,
+            self.tokens,
+            self.pages,
+            tree,
+            self.prediction,
+            self.num_prompt,
+            self.history,
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -113,12 +129,15 @@ def guess(drafter: Drafter, asked: Sequence[tuple[Growth, Draft, list[int]]]) ->
 
     asked    per request: its growth, its draft, and nodes of the draft's tree, not none
     returns  requests and nodes in the given order
+    law      what the target may not say is not guessed: the same masks, bans, biases and penalties
+             after each node, which depend on its ancestors alone
     """
     answer = drafter.expand([(draft, nodes) for _, draft, nodes in asked])
+    edits = [growth.edits(draft, nodes) for growth, draft, nodes in asked]
     if not isinstance(answer, Tensor):
-        return Guesses(picks=answer)
+        return Guesses(picks=_admitted(answer, [len(nodes) for _, _, nodes in asked], edits))
     runs = [(growth.params, len(nodes)) for growth, _, nodes in asked]
-    laws = target_laws(answer, RowFilters.of(runs, device=answer.device))
+    laws = target_laws(answer, RowFilters.of(runs, edits=edits, device=answer.device))
     start = 0
     for growth, draft, nodes in asked:
         stop = start + len(nodes)
@@ -126,6 +145,18 @@ def guess(drafter: Drafter, asked: Sequence[tuple[Growth, Draft, list[int]]]) ->
             laws[start:stop] = _tilted(laws[start:stop], growth, draft, nodes)
         start = stop
     return Guesses(laws=laws)
+
+
+def _admitted(
+    picks: list[list[Pick]], counts: Sequence[int], edits: Sequence[Edits | None]
+) -> list[list[Pick]]:
+    """Picks without those that the target may not say."""
+    kept, start = [], 0
+    for count, each in zip(counts, edits, strict=True):
+        for row, own in enumerate(picks[start : start + count]):
+            kept.append(own if each is None else [p for p in own if each.admits(row, p[0])])
+        start += count
+    return kept
 
 
 def _tilted(laws: Tensor, growth: Growth, draft: Draft, nodes: list[int]) -> Tensor:

@@ -3,13 +3,15 @@
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from specinfer.draft.base import Draft
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
+
+_UNKNOWN = -1e30
+"""The logit of a token of the target's that has no row here: its probability is 0 beside others."""
 
 
 @dataclass(slots=True)
@@ -63,7 +65,8 @@ class ModelDrafter:
                 self._states[draft.key].num_computed = len(draft.tokens)
         missing = self._vocab_size - logits.shape[-1]
         if missing:  # negative padding cuts
-            logits = functional.pad(logits, (0, missing), value=-torch.inf)
+            # No -inf: where all that may follow are tokens unknown here, there is still a law.
+            logits = functional.pad(logits, (0, missing), value=_UNKNOWN)
         return logits
 
     def admit(self, accepted: list[tuple[Draft, list[int]]]) -> None:

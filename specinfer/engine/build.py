@@ -85,7 +85,7 @@ def build_engine(
         times = measure_models(names, folders, runners, max_tokens=tokens, progress=report)
         measured = iter(times[1:])
         of_drafters = [None if name == NGRAM else next(measured) for name in drafters]
-        return Controller(times[0], [*of_drafters, None])
+        return Controller(times[0], [*of_drafters, None, None])
 
     return Engine(
         runners[0],

@@ -10,7 +10,9 @@ from specinfer.cache.blocks import BlockAllocator
 from specinfer.config import EngineConfig, Speculation
 from specinfer.draft.base import Drafter
 from specinfer.draft.calibration import Calibration
+from specinfer.engine.constraints import Constraints
 from specinfer.engine.controller import Controller
+from specinfer.engine.logprobs import emitted_logprobs, take_prompt_rows
 from specinfer.engine.measure import Report
 from specinfer.engine.scheduler import Scheduler
 from specinfer.engine.sequence import Sequence
@@ -19,7 +21,7 @@ from specinfer.engine.stats import EngineStats
 from specinfer.engine.verification import verify_works
 from specinfer.engine.work import Work
 from specinfer.errors import RequestError
-from specinfer.request import SamplingParams
+from specinfer.request import Logprobs, SamplingParams
 from specinfer.run.runner import Runner
 from specinfer.text.tokenizer import Tokenizer
 from specinfer.tree import TokenTree
@@ -73,6 +75,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         self.tokenizer = tokenizer
+        self.constraints = Constraints(tokenizer, target.vocab_size)
         self.max_model_len = max_model_len
         self._seed = config.seed
         self.scheduler = Scheduler(
@@ -108,7 +111,8 @@ class Engine:
         max_total = self._check(prompt, params)
         speculation = params.own_speculation or self.speculation
         prediction = self._encode_prediction(params)
-        max_nodes = self.speculator.max_nodes(speculation, predicted=bool(prediction))
+        has_guesses = bool(prediction) or params.structure is not None
+        max_nodes = self.speculator.max_nodes(speculation, predicted=has_guesses)
         if speculation.tree == "auto":  # of no given size: no reason to refuse a request
             max_nodes = min(max_nodes, max(0, self.scheduler.num_slots - max_total))
         self.scheduler.check_fits(max_total, max_nodes)
@@ -127,6 +131,7 @@ class Engine:
                 prediction=prediction,
                 vocab_size=self.target.vocab_size,
                 seed=self._seed,
+                constraints=self.constraints,
             )
             self._num_added += 1
             self.scheduler.add(sequence)
@@ -178,9 +183,12 @@ class Engine:
             spans = [work.span() for work in works]
             logits = self.target.run(spans)
         with timed("verify"):
-            verdicts = verify_works([work for work in works if work.num_logits], logits)
+            logits = take_prompt_rows(works, logits, self.tokenizer)
+            emitting = [work for work in works if work.num_logits]
+            verdicts = verify_works(emitting, logits)
+            logprobs = emitted_logprobs(emitting, verdicts, logits, self.tokenizer)
         with timed("commit"):
-            traces = self._commit(works, verdicts)
+            traces = self._commit(works, verdicts, logprobs)
         self.stats.num_steps += 1
         self.stats.num_target_tokens += sum(len(span.tokens) for span in spans)
         self.stats.num_output_tokens += sum(trace.num_new for trace in traces)
@@ -196,7 +204,8 @@ class Engine:
                 f"{self.max_model_len} (max_model_len): shorten the prompt"
             )
         self._check_tokens("the prompt", prompt)
-        self._check_tokens("stop_token_ids", params.stop_token_ids or ())
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            self._check_tokens(name, list(getattr(params, name) or ()))
         room = self.max_model_len - len(prompt)
         return len(prompt) + min(room, params.max_tokens or room)
 
@@ -218,7 +227,12 @@ class Engine:
 
     # --- commit -----------------------------------------------------------------------------------
 
-    def _commit(self, works: ListLike[Work], verdicts: ListLike[Verdict]) -> list[StepTrace]:
+    def _commit(
+        self,
+        works: ListLike[Work],
+        verdicts: ListLike[Verdict],
+        logprobs: dict[int, list[Logprobs]],
+    ) -> list[StepTrace]:
         for work in works:
             work.job.sequence.num_computed += work.job.num_tokens
         emitting = [work for work in works if work.num_logits]
@@ -227,7 +241,7 @@ class Engine:
         for work, verdict in zip(emitting, verdicts, strict=True):
             sequence, tree = work.job.sequence, work.tree
             new = [*(tree.tokens[node] for node in verdict.path), verdict.next_token]
-            num_new = sequence.append(new)
+            num_new = sequence.append(new, logprobs.get(sequence.number, ()))
             if sequence.first_s is None:
                 sequence.first_s = time.perf_counter()
             self._count(work, verdict.path[:num_new])

@@ -8,8 +8,9 @@ import numpy as np
 from specinfer.cache.blocks import Pages
 from specinfer.config import IID_VERIFIERS, Draw, Speculation, VerifierName
 from specinfer.draft.calibration import COLDEST_DRAW, Fortune, Regime, regime_of
+from specinfer.engine.constraints import Constraints
 from specinfer.engine.controller import DrafterChoice
-from specinfer.request import CompletionOutput, RequestStats, SamplingParams
+from specinfer.request import CompletionOutput, Logprobs, RequestStats, SamplingParams
 from specinfer.sampling import SeededNoise, request_generator
 from specinfer.text.stream import IncrementalDetokenizer, StopStrings
 from specinfer.text.tokenizer import Tokenizer
@@ -22,6 +23,8 @@ class Sequence:
     num_computed  tokens 0 … num_computed - 1 have K and V in the target's pages
     max_total     tokens at most, prompt included
     max_nodes     drafted nodes a step may add
+    history       what its laws depend on beside the logits; None: nothing
+    prompt_logprobs  per token of the prompt so far, where the first sample is asked for them
     first_s       when its first output token came, by the clock of `time.perf_counter`
     """
 
@@ -40,6 +43,7 @@ class Sequence:
         prediction: ListLike[int],
         vocab_size: int,
         seed: int,
+        constraints: Constraints,
     ) -> None:
         self.number = number
         self.request_id = request_id
@@ -56,6 +60,11 @@ class Sequence:
         self.choice: DrafterChoice | None = None
         self.pages: Pages | None = None
         self.output = CompletionOutput(index)
+        if params.logprobs is not None:
+            self.output.logprobs, self.output.cumulative_logprob = [], 0.0
+        self.prompt_logprobs: list[Logprobs | None] | None = None
+        if params.prompt_logprobs is not None and index == 0:
+            self.prompt_logprobs = [None]
         self.stats = RequestStats()
         self.rng: np.random.Generator = request_generator(seed, number)
         self.noise = (
@@ -71,8 +80,11 @@ class Sequence:
         )
         self._own_ends = frozenset(params.stop_token_ids or ())
         # A tokenizer may name end tokens that the model has no row for: they cannot come.
-        ends = () if params.ignore_eos else tokenizer.eos_token_ids
+        # Under a grammar an end token comes where nothing else may: it ends the text in any case.
+        is_endless = params.ignore_eos and params.structure is None
+        ends = () if is_endless else tokenizer.eos_token_ids
         self._ends = frozenset(token for token in ends if token < vocab_size)
+        self.history = constraints.history(params, self.num_prompt, self.end_tokens)
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, skip_special_tokens=params.skip_special_tokens
         )
@@ -107,8 +119,11 @@ class Sequence:
         """Tokens that end the text: what min_tokens keeps from being sampled."""
         return self._ends | self._own_ends
 
-    def append(self, tokens: ListLike[int]) -> int:
-        """Take emitted tokens in until one of them ends the text; returns how many were taken."""
+    def append(self, tokens: ListLike[int], logprobs: ListLike[Logprobs] = ()) -> int:
+        """Take emitted tokens in until one of them ends the text; returns how many were taken.
+
+        logprobs  one per token, where they were asked for
+        """
         start = len(self.tokens)
         for token in tokens:
             self.tokens.append(token)
@@ -116,6 +131,11 @@ class Sequence:
             if self._takes_end(token):
                 break
         taken = len(self.tokens) - start
+        if self.output.logprobs is not None:
+            assert self.output.cumulative_logprob is not None
+            for token, each in zip(self.tokens[start:], logprobs, strict=False):
+                self.output.logprobs.append(each)
+                self.output.cumulative_logprob += each[token].logprob
         self.stats.num_output_tokens += taken
         if self.is_finished:
             self._flush()
@@ -129,8 +149,9 @@ class Sequence:
 
     def _takes_end(self, token: int) -> bool:
         output = self.output
-        is_end = token in self._ends or token in self._own_ends
-        if not (is_end and self.num_output >= self.params.min_tokens):
+        is_due = self.num_output >= self.params.min_tokens
+        is_end = token in self._ends and (is_due or self.params.structure is not None)
+        if not is_end and not (token in self._own_ends and is_due):
             self._push(self._detokenizer.push([token]))
             if self._stops is not None and self._stops.matched is not None:
                 output.finish_reason, output.stop_reason = "stop", self._stops.matched

@@ -8,6 +8,7 @@ from specinfer.config import IID_VERIFIERS, Speculation
 from specinfer.draft.base import Drafter
 from specinfer.draft.builders import SequoiaBuilder, builder_for
 from specinfer.draft.calibration import Calibration, Fortune
+from specinfer.draft.forced import ForcedDrafter
 from specinfer.draft.growth import Builder, Growth
 from specinfer.draft.heap import HeapBuilder
 from specinfer.draft.model import ModelDrafter
@@ -34,7 +35,8 @@ from specinfer.verify import Verdict
 class Speculator:
     """Everything between scheduling and the target's pass, and what the verdicts teach it.
 
-    drafters     what guesses; what requests predict themselves is one more source, the last
+    drafters     what guesses; what requests predict themselves is one more source, and what their
+                 grammars force is the last
     calibration  learnt acceptance
     controller   prices; None until the models were timed, or where nothing needs times
     """
@@ -57,7 +59,7 @@ class Speculator:
         self._is_model = [isinstance(each, ModelDrafter) for each in drafters]
         self.drafters: list[Drafter] = [
             TimedDrafter(each, source, stats)
-            for source, each in enumerate((*drafters, PredictionDrafter()))
+            for source, each in enumerate((*drafters, PredictionDrafter(), ForcedDrafter()))
         ]
         self._builders: dict[tuple[str, bool], Builder] = {}
         self._chains: dict[Speculation, ChainController] = {}
@@ -233,6 +235,7 @@ class Speculator:
             max_depth=min(depth, room - len(sequence.tokens) + 1),
             prediction=sequence.prediction,
             num_prompt=sequence.num_prompt,
+            history=sequence.history,
             urgency=self._urgency(sequence, num_spans),
             fortunes=sequence.fortunes,
         )
@@ -240,7 +243,11 @@ class Speculator:
     def _may_rest(self, sequence: Sequence) -> bool:
         """Whether only models draft for it: what others find may change from step to step."""
         is_auto = sequence.speculation.tree == "auto"
-        return is_auto and all(self._is_model) and not sequence.prediction
+        return is_auto and all(self._is_model) and not any(self._own_sources(sequence))
+
+    def _own_sources(self, sequence: Sequence) -> tuple[bool, bool]:
+        """Whether a prediction and a grammar propose something."""
+        return bool(sequence.prediction), sequence.params.structure is not None
 
     def _urgency(self, sequence: Sequence, num_spans: int) -> float:
         goal_s = sequence.params.target_tpot_s
@@ -269,11 +276,11 @@ class Speculator:
         """The drafters that know this sequence's positions."""
         if sequence.speculation.is_off:
             return []
+        takes_part = [*[True] * self._num_drafters, *self._own_sources(sequence)]
         sources = [
             source
             for source, drafter in enumerate(self.drafters)
-            if len(sequence.tokens) <= drafter.max_positions
-            and (source < self._num_drafters or sequence.prediction)
+            if len(sequence.tokens) <= drafter.max_positions and takes_part[source]
         ]
         models = [each for each in sources if each < self._num_drafters and self._is_model[each]]
         if len(models) < 2 or sequence.speculation.tree != "auto" or self.controller is None:

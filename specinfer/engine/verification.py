@@ -9,7 +9,8 @@ from torch import Tensor
 from specinfer.baselines import verify_gbv, verify_kseq
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.work import Work
-from specinfer.sampling import RowFilters, early_rows, greedy_picks, seeded_pick, target_laws
+from specinfer.history import Edits
+from specinfer.sampling import RowFilters, greedy_picks, seeded_pick, target_laws
 from specinfer.verify import Verdict, follow, verify_match, verify_topdown, verify_traversal
 
 _VERIFIERS = {
@@ -65,15 +66,16 @@ def _kind(sequence: Sequence) -> str:
 
 
 def _filters(works: ListLike[Work], device: torch.device) -> RowFilters:
-    runs, banned, start = [], [], 0
-    for work in works:
-        sequence = work.job.sequence
-        runs.append((sequence.params, len(work.tree)))
-        if sequence.num_output < sequence.params.min_tokens:
-            early = early_rows(work.tree.depths, sequence.num_output, sequence.params.min_tokens)
-            banned += [(start + node, sequence.end_tokens) for node in early]
-        start += len(work.tree)
-    return RowFilters.of(runs, banned=banned, device=device)
+    runs = [(work.job.sequence.params, len(work.tree)) for work in works]
+    return RowFilters.of(runs, edits=[_edits(work) for work in works], device=device)
+
+
+def _edits(work: Work) -> Edits | None:
+    """What each node's own history does to its row."""
+    sequence, tree = work.job.sequence, work.tree
+    if sequence.history is None:
+        return None
+    return sequence.history.edits(sequence.tokens, tree, range(len(tree)))
 
 
 def _noise(work: Work) -> np.ndarray:

@@ -24,6 +24,15 @@ class Work:
     sources: ListLike[int] = ()
 
     @property
+    def num_prompt_logits(self) -> int:
+        """Rows before those, where the log-probabilities of the prompt's tokens are still due."""
+        job = self.job
+        sequence = job.sequence
+        if sequence.prompt_logprobs is None or sequence.num_output:
+            return 0
+        return job.num_tokens - job.emits
+
+    @property
     def num_logits(self) -> int:
         """Rows of logits the target owes: one per node of the tree, the root's included."""
         return len(self.tree) if self.job.emits else 0
@@ -44,5 +53,5 @@ class Work:
             prefix=start,
             start=start,
             mask=None if is_chain else tree.ancestor_mask(),
-            num_logits=self.num_logits,
+            num_logits=self.num_prompt_logits + self.num_logits,
         )

@@ -128,6 +128,12 @@ class Tokenizer:
         detokenizer = IncrementalDetokenizer(self, skip_special_tokens=skip_special_tokens)
         return detokenizer.push(token_ids) + detokenizer.flush()
 
+    def token_text(self, token_id: int) -> str:
+        """One token's own text, its spaces kept; bytes that are no whole character are U+FFFD."""
+        if self.pieces is None:
+            return str(self.backend.decode([token_id], skip_special_tokens=False))
+        return self.pieces[token_id].decode("utf-8", "replace")
+
     def render_chat(
         self,
         messages: Sequence[Message],

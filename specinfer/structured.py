@@ -1,0 +1,161 @@
+"""What an output must be shaped like: vLLM's `StructuredOutputsParams`, OpenAI's response_format.
+
+Both become one value; specinfer/grammar.py makes a grammar of it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from specinfer.errors import ConfigError
+
+_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+
+_NOT_ENFORCED = (
+    *("uniqueItems", "contains", "not", "if", "dependentRequired", "dependentSchemas"),
+    *("unevaluatedProperties", "unevaluatedItems"),
+)
+"""JSON Schema's words that no context-free grammar of a schema keeps."""
+
+_OF_NAMES = ("properties", "patternProperties", "$defs", "definitions")
+_OF_SCHEMAS = ("allOf", "anyOf", "oneOf", "prefixItems")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """What the output must be; exactly one of the first five.
+
+    json                    a JSON schema, as an object or its text; properties come in its order,
+                            and none that it does not name
+    regex                   a regular expression that the whole output matches
+    choice                  one of these texts
+    grammar                 a grammar in EBNF (GBNF, with a rule `root ::= …`) or Lark's (`start:`)
+    json_object             any JSON object
+    disable_any_whitespace  JSON on one line, with ", " and ": " as separators; else whitespace may
+                            stand between any two of its parts, up to 10 characters
+
+    oneOf is anyOf here. raises ConfigError for anything that could not be kept
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in _KINDS if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise ConfigError(
+                f"structured_outputs has {' and '.join(given) or 'nothing'}: "
+                f"give exactly one of {', '.join(_KINDS)}"
+            )
+        for name in ("regex", "grammar"):
+            if not isinstance(getattr(self, name), str | None):
+                raise _bad(f"{name}={getattr(self, name)!r} must be a string")
+        for name in ("json_object", "disable_any_whitespace"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise _bad(f"{name}={getattr(self, name)!r} must be true or false")
+        if self.choice is not None and not _are_texts(self.choice):
+            raise _bad(f"choice={self.choice!r} must be a list of strings, none of them empty")
+        if self.json is not None:
+            for problem in _problems(self.schema):
+                raise _bad(f"json {problem}")
+
+    @property
+    def kind(self) -> str:
+        """Which of the five it is."""
+        return next(name for name in _KINDS if getattr(self, name) not in (None, False))
+
+    @property
+    def schema(self) -> Any:
+        """`json` as an object.
+
+        raises  ConfigError if it is a text that is no JSON
+        """
+        if not isinstance(self.json, str):
+            return self.json
+        try:
+            return json.loads(self.json)
+        except ValueError as error:
+            raise _bad(f"json is no JSON: {error}") from None
+
+
+def read_structured_outputs(options: Any) -> StructuredOutputsParams:
+    """`StructuredOutputsParams` from itself or its fields' names and values.
+
+    raises  ConfigError for a name it does not have
+    """
+    if isinstance(options, StructuredOutputsParams):
+        return options
+    known = [each.name for each in fields(StructuredOutputsParams)]
+    if not isinstance(options, Mapping):
+        raise ConfigError(
+            f"structured_outputs={options!r} must be StructuredOutputsParams or its fields, such "
+            'as {"regex": "[0-9]+"}'
+        )
+    for name in options:
+        if name not in known:
+            raise _bad(f"has no {name!r}: known are {', '.join(known)}")
+    return StructuredOutputsParams(**options)
+
+
+def read_response_format(asked: Any) -> StructuredOutputsParams | None:
+    """OpenAI's response_format; None: any text.
+
+    A schema is kept whatever its "strict" says.
+    raises  ConfigError for what OpenAI's API does not know, or cannot be kept
+    """
+    kind = asked.get("type") if isinstance(asked, Mapping) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    if kind != "json_schema":
+        raise ConfigError(
+            f'response_format={asked!r} must be {{"type": "text"}}, {{"type": "json_object"}} or '
+            '{"type": "json_schema", "json_schema": {"name": …, "schema": …}}'
+        )
+    inner = asked.get("json_schema")
+    schema = inner.get("schema") if isinstance(inner, Mapping) else None
+    if not isinstance(schema, Mapping):
+        raise ConfigError('response_format of type "json_schema" needs json_schema.schema')
+    return StructuredOutputsParams(json=schema)
+
+
+def _bad(problem: str) -> ConfigError:
+    return ConfigError(f"structured_outputs: {problem}")
+
+
+def _are_texts(values: Any) -> bool:
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    return is_list and bool(values) and all(isinstance(each, str) and each for each in values)
+
+
+def _problems(schema: Any, where: str = "") -> Iterator[str]:
+    """What of a schema would silently not be kept, or is none."""
+    if not isinstance(schema, Mapping):
+        if not isinstance(schema, bool) or not where:
+            yield f"{where or 'schema'} must be an object"
+        return
+    here = where or "schema"
+    for word in _NOT_ENFORCED:
+        if word in schema:
+            yield f"{here} has {word!r}, which cannot be kept while writing: leave it out"
+    if len(schema.get("allOf", ())) > 1:
+        yield f"{here} has an allOf of several schemas: merge them into one"
+    if "pattern" in schema and schema.keys() & {"minLength", "maxLength"}:
+        yield f"{here} has a pattern and a length: put the length into the pattern"
+    for word in _OF_NAMES:
+        if isinstance(schema.get(word), Mapping):
+            for name, inner in schema[word].items():
+                yield from _problems(inner, f"{where}.{word}.{name}".lstrip("."))
+    for word in _OF_SCHEMAS:
+        if isinstance(schema.get(word), Sequence):
+            for inner in schema[word]:
+                yield from _problems(inner, f"{where}.{word}".lstrip("."))
+    for word in ("items", "additionalProperties", "propertyNames"):
+        if isinstance(schema.get(word), Mapping):
+            yield from _problems(schema[word], f"{where}.{word}".lstrip("."))

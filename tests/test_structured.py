@@ -1,0 +1,112 @@
+"""What may be asked of an output, and what is refused instead of silently not kept."""
+
+from typing import Any
+
+import pytest
+
+from specinfer.errors import ConfigError
+from specinfer.request import SamplingParams
+from specinfer.structured import StructuredOutputsParams, read_response_format
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+def test_the_ways_to_ask_mean_the_same() -> None:
+    asked = StructuredOutputsParams(json=SCHEMA)
+    assert SamplingParams(structured_outputs=asked).structure == asked
+    assert SamplingParams(structured_outputs={"json": SCHEMA}).structure == asked
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    assert SamplingParams(response_format=response_format).structure == asked
+    strict = {"type": "json_schema", "json_schema": {"schema": SCHEMA, "strict": True}}
+    assert read_response_format(strict) == asked
+    text = StructuredOutputsParams(json='{"type": "object"}')
+    assert text.schema == {"type": "object"}
+    assert SamplingParams(response_format={"type": "text"}).structure is None
+    of_any = SamplingParams(response_format={"type": "json_object"}).structure
+    assert of_any == StructuredOutputsParams(json_object=True)
+    assert SamplingParams().structure is None
+    mixed = SamplingParams(response_format={"type": "text"}, structured_outputs={"regex": "a"})
+    assert mixed.structure == StructuredOutputsParams(regex="a")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "has nothing: give exactly one of json, regex"),
+        ({"regex": "a", "choice": ["b"]}, "has regex and choice"),
+        ({"json_object": False}, "has nothing"),
+        ({"regex": 5}, "regex=5 must be a string"),
+        ({"choice": []}, "choice=.. must be a list of strings"),
+        ({"choice": ["a", ""]}, "none of them empty"),
+        ({"choice": "ab"}, "must be a list"),
+        ({"json_object": 1}, "json_object=1 must be true or false"),
+        ({"json": "{"}, "json is no JSON"),
+        ({"json": 3}, "schema must be an object"),
+        ({"json": {"type": "array", "uniqueItems": True}}, "schema has 'uniqueItems', which"),
+        (
+            {"json": {"properties": {"a": {"items": {"not": {}}}}}},
+            "properties.a.items has 'not', which cannot be kept",
+        ),
+        ({"json": {"allOf": [{}, {}]}}, "allOf of several"),
+        ({"json": {"$defs": {"x": {"pattern": "a", "maxLength": 3}}}}, "defs.x has a pattern and"),
+        ({"gramar": "x"}, "has no 'gramar': known are json, regex"),
+    ],
+)
+def test_what_could_not_be_kept_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SamplingParams(structured_outputs=fields)
+    assert words.replace("..", "[]") in str(caught.value)
+
+
+def test_names_of_properties_are_no_keywords() -> None:
+    properties = {"not": {"type": "integer"}, "contains": {"type": "boolean"}}
+    StructuredOutputsParams(json={"type": "object", "properties": properties})
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "json",
+        {"type": "yaml"},
+        {},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "x"}},
+        {"type": "json_schema", "json_schema": {"schema": "x"}},
+    ],
+)
+def test_bad_response_formats_are_refused(asked: Any) -> None:
+    with pytest.raises(ConfigError, match="response_format"):
+        SamplingParams(response_format=asked)
+
+
+def test_two_shapes_are_one_too_many() -> None:
+    with pytest.raises(ConfigError, match="response_format and structured_outputs"):
+        SamplingParams(response_format={"type": "json_object"}, structured_outputs={"regex": "a"})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": float("nan")},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"repetition_penalty": "1"},
+        {"logit_bias": {"17": 1.0}},
+        {"logit_bias": {17: float("-inf")}},
+        {"logit_bias": [1]},
+        {"bad_words": "ab"},
+        {"bad_words": [""]},
+        {"bad_words": [3]},
+        {"allowed_token_ids": []},
+        {"allowed_token_ids": [-1]},
+        {"allowed_token_ids": 5},
+        {"logprobs": -2},
+        {"logprobs": True},
+        {"prompt_logprobs": 1.5},
+    ],
+)
+def test_values_out_of_range_are_refused(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    with pytest.raises(ConfigError, match=name):
+        SamplingParams(**fields)
