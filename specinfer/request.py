@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from specinfer.config import Speculation, check_integer, is_number, read_speculation
 from specinfer.errors import ConfigError
@@ -46,6 +46,7 @@ class SamplingParams:
     speculation      this request's own, such as {"tree": "off"}; None: the engine's
     target_tpot_s    a goal for the time per output token after the first, in seconds: a sequence
                      that is late is given more of the step's drafting
+    include_tree     each step's token tree comes back, too (`RequestOutput.trees`)
     skip_special_tokens         leave special tokens out of the text
     include_stop_str_in_output  keep the stop string in the text
 
@@ -80,6 +81,7 @@ class SamplingParams:
     prediction: str | Sequence[int] | None = None
     speculation: Speculation | Mapping[str, Any] | None = None
     target_tpot_s: float | None = None
+    include_tree: bool = False
 
     def __post_init__(self) -> None:
         for name in UNBUILT_FIELDS:
@@ -197,6 +199,80 @@ class RequestStats:
             self.accepted_by_source[source] = self.accepted_by_source.get(source, 0) + count
 
 
+class TreeSlot(NamedTuple):
+    """One proposal of a node.
+
+    source  the drafter's name
+    q       the probability its token was drawn with: 1.0 where it was picked, None where no law was
+            recorded
+    score   how likely the drafter held its token to be, of those not proposed before it; None where
+            nobody noted it
+    ratio   the verifier's min(1, M[x] / π[x]) where it looked at the slot, else None
+    """
+
+    source: str
+    q: float | None
+    score: float | None
+    ratio: float | None
+
+
+class TreeNode(NamedTuple):
+    """One token of a step's tree.
+
+    parent    index into the step's nodes; -1 for the root, the last committed token
+    p         how likely the target held it to be after its parent; 1.0 for the root
+    accepted  whether the step emitted it
+    slots     who proposed it, in the order the verifier examines them
+    """
+
+    token_id: int
+    parent: int
+    depth: int
+    p: float
+    accepted: bool
+    slots: tuple[TreeSlot, ...]
+
+
+class TreeToken(NamedTuple):
+    """One token that a step emitted.
+
+    source  "target", or the drafter that was the first to propose it
+    p       how likely the target held it to be
+    text    what it added to the output's text, "" where text is held back: all of them put together
+            are the output's text
+    """
+
+    token_id: int
+    source: str
+    p: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepTree:
+    """What one step did for one continuation.
+
+    p follows the request's filters; a greedy request's law is 1 or 0, so there it is the model's
+    own, at temperature 1.
+
+    index          which continuation
+    step           1 for its first step that emitted
+    nodes          parents before children, the root first
+    emitted        the accepted path, then the target's own token unless the text ended before it
+    seconds        by part of the step, for all its sequences together
+    num_sequences  how many they are
+    plain_s        what measured times say the same step takes without trees; None: not measured
+    """
+
+    index: int
+    step: int
+    nodes: tuple[TreeNode, ...]
+    emitted: tuple[TreeToken, ...]
+    seconds: Mapping[str, float]
+    num_sequences: int
+    plain_s: float | None
+
+
 @dataclass(slots=True)
 class CompletionOutput:
     """One sampled continuation; finish_reason is None while it runs.
@@ -215,7 +291,10 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request's continuations so far, and what speculation did for it."""
+    """A request's continuations so far, and what speculation did for it.
+
+    trees  with `include_tree`, the steps since the last output
+    """
 
     request_id: str
     prompt: str | None
@@ -224,3 +303,4 @@ class RequestOutput:
     finished: bool = False
     stats: RequestStats = field(default_factory=RequestStats)
     prompt_logprobs: None = None
+    trees: list[StepTree] = field(default_factory=list)

@@ -65,8 +65,9 @@ _GROUPS: tuple[tuple[str, type], ...] = (
     ("Engine", EngineConfig),
 )
 _FLAG_TYPES: dict[str, Any] = {"prediction": str}
-_NO_FLAGS = ("speculation",)
-"""A request's own speculation: on the command line there is one request, and flags of its parts."""
+_NO_FLAGS = ("speculation", "include_tree")
+"""A request's own speculation: on the command line there is one request, and flags of its parts.
+Trees are drawn by a command of their own."""
 
 _RENAMED: dict[tuple[type, str], str] = {(EngineConfig, "seed"): "engine_seed"}
 

@@ -16,6 +16,7 @@ from specinfer.engine.scheduler import Scheduler
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.speculator import Speculator
 from specinfer.engine.stats import EngineStats
+from specinfer.engine.tracing import StepTime, chances_of, first_source, keep_trees
 from specinfer.engine.verification import verify_works
 from specinfer.engine.work import Work
 from specinfer.errors import RequestError
@@ -177,13 +178,18 @@ class Engine:
         with timed("target"):
             spans = [work.span() for work in works]
             logits = self.target.run(spans)
+        emitting = [work for work in works if work.num_logits]
         with timed("verify"):
-            verdicts = verify_works([work for work in works if work.num_logits], logits)
+            verdicts = verify_works(emitting, logits)
+        chances = chances_of(emitting, verdicts, logits)
         with timed("commit"):
             traces = self._commit(works, verdicts)
         self.stats.num_steps += 1
         self.stats.num_target_tokens += sum(len(span.tokens) for span in spans)
         self.stats.num_output_tokens += sum(trace.num_new for trace in traces)
+        if chances:
+            names = [drafter.name for drafter in self.speculator.drafters]
+            keep_trees(emitting, traces, chances, names, self._step_time(works, before))
         self.speculator.learn_times(works, verdicts, before)
         return traces
 
@@ -270,12 +276,15 @@ class Engine:
         stats.accepted_by_depth.extend([0] * missing)
         for depth, node in enumerate(emitted_path):
             stats.accepted_by_depth[depth] += 1
-            parent = tree.parents[node]
-            source = next(
-                tree.slots[s].source for s in tree.slots_of[parent] if tree.slots[s].node == node
-            )
-            name = self.speculator.drafters[source].name
+            name = self.speculator.drafters[first_source(tree, node)].name
             stats.accepted_by_source[name] = stats.accepted_by_source.get(name, 0) + 1
+
+    def _step_time(self, works: ListLike[Work], before: dict[str, float]) -> StepTime:
+        seconds = {part: total - before[part] for part, total in self.stats.seconds.items()}
+        controller, plain_s = self.speculator.controller, None
+        if controller is not None:
+            plain_s = controller.plain_s(sum(work.job.num_tokens for work in works), len(works))
+        return StepTime(seconds, len(works), plain_s)
 
     def _remove(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)

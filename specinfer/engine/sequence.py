@@ -9,7 +9,7 @@ from specinfer.cache.blocks import Pages
 from specinfer.config import IID_VERIFIERS, Draw, Speculation, VerifierName
 from specinfer.draft.calibration import COLDEST_DRAW, Fortune, Regime, regime_of
 from specinfer.engine.controller import DrafterChoice
-from specinfer.request import CompletionOutput, RequestStats, SamplingParams
+from specinfer.request import CompletionOutput, RequestStats, SamplingParams, StepTree
 from specinfer.sampling import SeededNoise, request_generator
 from specinfer.text.stream import IncrementalDetokenizer, StopStrings
 from specinfer.text.tokenizer import Tokenizer
@@ -23,6 +23,8 @@ class Sequence:
     max_total     tokens at most, prompt included
     max_nodes     drafted nodes a step may add
     first_s       when its first output token came, by the clock of `time.perf_counter`
+    trees         where the request asks for them, its steps that nobody has taken yet
+    text_ends     there, too: how long the output's text was after each output token
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class Sequence:
         self.pages: Pages | None = None
         self.output = CompletionOutput(index)
         self.stats = RequestStats()
+        self.trees: list[StepTree] = []
+        self.text_ends: list[int] = []
         self.rng: np.random.Generator = request_generator(seed, number)
         self.noise = (
             None
@@ -113,12 +117,15 @@ class Sequence:
         for token in tokens:
             self.tokens.append(token)
             self.output.token_ids.append(token)
-            if self._takes_end(token):
+            is_end = self._takes_end(token)
+            if is_end:
+                self._flush()
+            if self.params.include_tree:
+                self.text_ends.append(len(self.output.text))
+            if is_end:
                 break
         taken = len(self.tokens) - start
         self.stats.num_output_tokens += taken
-        if self.is_finished:
-            self._flush()
         return taken
 
     def abort(self) -> None:
