@@ -12,7 +12,7 @@ from specinfer.draft.base import Drafter
 from specinfer.draft.calibration import Calibration
 from specinfer.engine.controller import Controller
 from specinfer.engine.measure import Report
-from specinfer.engine.scheduler import Scheduler
+from specinfer.engine.scheduler import Job, Scheduler
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.speculator import Speculator
 from specinfer.engine.stats import EngineStats
@@ -75,6 +75,7 @@ class Engine:
         )
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
+        self.config = config
         self._seed = config.seed
         self.scheduler = Scheduler(
             allocator,
@@ -173,6 +174,7 @@ class Engine:
             jobs = self.scheduler.schedule()
         if not jobs:
             return []
+        _note_start(jobs)
         with timed("grow"):
             works = self.speculator.draft(jobs)
         with timed("target"):
@@ -307,3 +309,10 @@ class Engine:
             *(sequence.request_id, stats.tpot_s * 1e3, goal_s * 1e3),
             *("met" if is_met else "missed", self.stats.num_goals_met, self.stats.num_goals),
         )
+
+
+def _note_start(jobs: ListLike[Job]) -> None:
+    now = time.perf_counter()
+    for job in jobs:
+        if job.sequence.scheduled_s is None:
+            job.sequence.scheduled_s = now

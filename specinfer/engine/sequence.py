@@ -22,7 +22,8 @@ class Sequence:
     num_computed  tokens 0 … num_computed - 1 have K and V in the target's pages
     max_total     tokens at most, prompt included
     max_nodes     drafted nodes a step may add
-    first_s       when its first output token came, by the clock of `time.perf_counter`
+    scheduled_s   when it was first computed, by the clock of `time.perf_counter`
+    first_s       when its first output token came
     trees         where the request asks for them, its steps that nobody has taken yet
     text_ends     there, too: how long the output's text was after each output token
     """
@@ -53,6 +54,7 @@ class Sequence:
         self.tokens = list(prompt)
         self.num_prompt = len(self.tokens)
         self.num_computed = 0
+        self.scheduled_s: float | None = None
         self.first_s: float | None = None
         self.fortunes: dict[int, Fortune] = {}
         self.choice: DrafterChoice | None = None
