@@ -164,19 +164,25 @@ class RequestStats:
     """What speculation did for one request.
 
     num_target_steps    every target step that emitted for it: plain decoding is exactly 1.0 each
+    num_drafts          those of them that had a tree
     num_drafted         distinct drafted nodes that the target scored
     num_accepted        drafted tokens that were emitted
     accepted_by_depth   entry d - 1: how many were accepted at depth d
     accepted_by_source  per drafter's name, how many of the accepted it was the first to propose
+    num_predicted       tokens of the request's `prediction`, and num_predicted_accepted of the
+                        accepted tokens that it proposed, the first to do so or not
     tpot_s              seconds per output token after the first; of several samples the slowest
     """
 
     num_output_tokens: int = 0
     num_target_steps: int = 0
+    num_drafts: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
     accepted_by_depth: list[int] = field(default_factory=list)
     accepted_by_source: dict[str, int] = field(default_factory=dict)
+    num_predicted: int = 0
+    num_predicted_accepted: int = 0
     tpot_s: float = 0.0
 
     @property
@@ -184,12 +190,32 @@ class RequestStats:
         """Output tokens per target step; 0 before the first."""
         return self.num_output_tokens / self.num_target_steps if self.num_target_steps else 0.0
 
+    def count_step(self, num_drafted: int, accepted: Sequence[str], num_predicted: int) -> None:
+        """Count a step that emitted.
+
+        accepted       who was the first to propose each token of the emitted path
+        num_predicted  how many of them the request's prediction proposed
+        """
+        self.num_target_steps += 1
+        self.num_drafts += num_drafted > 0
+        self.num_drafted += num_drafted
+        self.num_accepted += len(accepted)
+        self.num_predicted_accepted += num_predicted
+        missing = len(accepted) - len(self.accepted_by_depth)
+        self.accepted_by_depth.extend([0] * missing)
+        for depth, name in enumerate(accepted):
+            self.accepted_by_depth[depth] += 1
+            self.accepted_by_source[name] = self.accepted_by_source.get(name, 0) + 1
+
     def add(self, other: "RequestStats") -> None:
         """Add another's counts to this one's."""
         self.num_output_tokens += other.num_output_tokens
         self.num_target_steps += other.num_target_steps
+        self.num_drafts += other.num_drafts
         self.num_drafted += other.num_drafted
         self.num_accepted += other.num_accepted
+        self.num_predicted += other.num_predicted
+        self.num_predicted_accepted += other.num_predicted_accepted
         self.tpot_s = max(self.tpot_s, other.tpot_s)
         missing = len(other.accepted_by_depth) - len(self.accepted_by_depth)
         self.accepted_by_depth.extend([0] * missing)

@@ -16,7 +16,7 @@ from specinfer.engine.scheduler import Job, Scheduler
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.speculator import Speculator
 from specinfer.engine.stats import EngineStats
-from specinfer.engine.tracing import StepTime, chances_of, first_source, keep_trees
+from specinfer.engine.tracing import StepTime, chances_of, first_source, keep_trees, sources_of
 from specinfer.engine.verification import verify_works
 from specinfer.engine.work import Work
 from specinfer.errors import RequestError
@@ -189,6 +189,9 @@ class Engine:
         self.stats.num_steps += 1
         self.stats.num_target_tokens += sum(len(span.tokens) for span in spans)
         self.stats.num_output_tokens += sum(trace.num_new for trace in traces)
+        num_nodes = sum(work.tree.num_drafted for work in works)
+        counts = self.stats.steps_by_nodes
+        counts[num_nodes] = counts.get(num_nodes, 0) + 1
         if chances:
             names = [drafter.name for drafter in self.speculator.drafters]
             keep_trees(emitting, traces, chances, names, self._step_time(works, before))
@@ -270,16 +273,17 @@ class Engine:
             )
 
     def _count(self, work: Work, emitted_path: ListLike[int]) -> None:
-        stats, tree = work.job.sequence.stats, work.tree
-        stats.num_target_steps += 1
-        stats.num_drafted += tree.num_drafted
-        stats.num_accepted += len(emitted_path)
-        missing = len(emitted_path) - len(stats.accepted_by_depth)
-        stats.accepted_by_depth.extend([0] * missing)
-        for depth, node in enumerate(emitted_path):
-            stats.accepted_by_depth[depth] += 1
-            name = self.speculator.drafters[first_source(tree, node)].name
-            stats.accepted_by_source[name] = stats.accepted_by_source.get(name, 0) + 1
+        tree, drafters = work.tree, self.speculator.drafters
+        accepted = [drafters[first_source(tree, node)].name for node in emitted_path]
+        prediction = len(drafters) - 1
+        num_predicted = sum(prediction in sources_of(tree, node) for node in emitted_path)
+        for stats in (work.job.sequence.stats, self.stats.sums):
+            stats.count_step(tree.num_drafted, accepted, num_predicted)
+        for siblings in tree.slots_of if tree.num_drafted else ():
+            for node in {tree.slots[slot].node for slot in siblings}:
+                name = drafters[first_source(tree, node)].name
+                counts = self.stats.drafted_by_source
+                counts[name] = counts.get(name, 0) + 1
 
     def _step_time(self, works: ListLike[Work], before: dict[str, float]) -> StepTime:
         seconds = {part: total - before[part] for part, total in self.stats.seconds.items()}

@@ -60,7 +60,7 @@ class Sequence:
         self.choice: DrafterChoice | None = None
         self.pages: Pages | None = None
         self.output = CompletionOutput(index)
-        self.stats = RequestStats()
+        self.stats = RequestStats(num_predicted=len(prediction))
         self.trees: list[StepTree] = []
         self.text_ends: list[int] = []
         self.rng: np.random.Generator = request_generator(seed, number)

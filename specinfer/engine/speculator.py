@@ -24,7 +24,7 @@ from specinfer.engine.controller import (
 from specinfer.engine.measure import Report
 from specinfer.engine.scheduler import Job
 from specinfer.engine.sequence import Sequence
-from specinfer.engine.stats import HOST_PARTS, EngineStats, TimedDrafter
+from specinfer.engine.stats import HOST_PARTS, DrafterFailedError, EngineStats, TimedDrafter
 from specinfer.engine.work import Work
 from specinfer.errors import ConfigError
 from specinfer.tree import TokenTree
@@ -55,7 +55,7 @@ class Speculator:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._num_drafters = len(drafters)
         self._is_model = [isinstance(each, ModelDrafter) for each in drafters]
-        self.drafters: list[Drafter] = [
+        self.drafters: list[TimedDrafter] = [
             TimedDrafter(each, source, stats)
             for source, each in enumerate((*drafters, PredictionDrafter()))
         ]
@@ -114,7 +114,10 @@ class Speculator:
                 groups.setdefault(kind, []).append((work, growth))
         for kind, members in groups.items():
             growths = [growth for _, growth in members]
-            grown = self._builder(kind, jobs, growths).grow(growths, self.drafters)
+            try:
+                grown = self._builder(kind, jobs, growths).grow(growths, self.drafters)
+            except DrafterFailedError:
+                continue  # what was drawn is thrown away unseen: roots alone, and the law stands
             for (work, _), each in zip(members, grown, strict=True):
                 work.tree, work.grown = each.tree, each
         return works
@@ -273,6 +276,7 @@ class Speculator:
             source
             for source, drafter in enumerate(self.drafters)
             if len(sequence.tokens) <= drafter.max_positions
+            and not drafter.is_failed
             and (source < self._num_drafters or sequence.prediction)
         ]
         models = [each for each in sources if each < self._num_drafters and self._is_model[each]]

@@ -127,8 +127,13 @@ def _emitted(
 
 def first_source(tree: TokenTree, node: int) -> int:
     """Who was the first to propose a drafted node."""
+    return sources_of(tree, node)[0]
+
+
+def sources_of(tree: TokenTree, node: int) -> list[int]:
+    """Who proposed a drafted node, in the order the verifier examines them."""
     siblings = tree.slots_of[tree.parents[node]]
-    return next(tree.slots[slot].source for slot in siblings if tree.slots[slot].node == node)
+    return [tree.slots[slot].source for slot in siblings if tree.slots[slot].node == node]
 
 
 def _q(law: Law | None, token: int) -> float | None:
