@@ -16,7 +16,7 @@ from specinfer.engine.scheduler import Job, Scheduler
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.speculator import Speculator
 from specinfer.engine.stats import EngineStats
-from specinfer.engine.tracing import StepTime, chances_of, first_source, keep_trees, sources_of
+from specinfer.engine.tracing import StepTime, chances_of, keep_trees, sources_of
 from specinfer.engine.verification import verify_works
 from specinfer.engine.work import Work
 from specinfer.errors import RequestError
@@ -274,16 +274,16 @@ class Engine:
 
     def _count(self, work: Work, emitted_path: ListLike[int]) -> None:
         tree, drafters = work.tree, self.speculator.drafters
-        accepted = [drafters[first_source(tree, node)].name for node in emitted_path]
+        sources = [sources_of(tree, node) for node in range(1, len(tree))]
+        names = [drafters[each[0]].name for each in sources]
+        self.stats.count_tree(tree.depths[1:], names)
         prediction = len(drafters) - 1
-        num_predicted = sum(prediction in sources_of(tree, node) for node in emitted_path)
         for stats in (work.job.sequence.stats, self.stats.sums):
-            stats.count_step(tree.num_drafted, accepted, num_predicted)
-        for siblings in tree.slots_of if tree.num_drafted else ():
-            for node in {tree.slots[slot].node for slot in siblings}:
-                name = drafters[first_source(tree, node)].name
-                counts = self.stats.drafted_by_source
-                counts[name] = counts.get(name, 0) + 1
+            stats.count_step(
+                tree.num_drafted,
+                accepted=[names[node - 1] for node in emitted_path],
+                num_predicted=sum(prediction in sources[node - 1] for node in emitted_path),
+            )
 
     def _step_time(self, works: ListLike[Work], before: dict[str, float]) -> StepTime:
         seconds = {part: total - before[part] for part, total in self.stats.seconds.items()}

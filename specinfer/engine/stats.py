@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -45,6 +45,7 @@ class EngineStats:
     sums               what speculation did, for all requests together
     steps_by_nodes     how many steps had so many drafted nodes, those of all sequences together
     drafted_by_source  per drafter's name, how many nodes it was the first to propose
+    drafted_by_depth   entry d - 1: how many nodes were drafted at depth d
     failed_drafters    those that raised and are asked no more, and how
     passes             the drafters' passes of the last step
     seconds            per part of a step; a part inside a part counts once, as the inner one
@@ -58,6 +59,7 @@ class EngineStats:
     sums: RequestStats = field(default_factory=RequestStats)
     steps_by_nodes: dict[int, int] = field(default_factory=dict)
     drafted_by_source: dict[str, int] = field(default_factory=dict)
+    drafted_by_depth: list[int] = field(default_factory=list)
     failed_drafters: dict[str, str] = field(default_factory=dict)
     passes: list[Pass] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
@@ -75,12 +77,20 @@ class EngineStats:
             self.seconds[part] += elapsed - self._nested_s
             self._nested_s = outer_s + elapsed
 
+    def count_tree(self, depths: Sequence[int], sources: Sequence[str]) -> None:
+        """Count a tree's drafted nodes: how deep each is, and who was the first to propose it."""
+        by_depth, by_source = self.drafted_by_depth, self.drafted_by_source
+        by_depth.extend([0] * (max(depths, default=0) - len(by_depth)))
+        for depth, source in zip(depths, sources, strict=True):
+            by_depth[depth - 1] += 1
+            by_source[source] = by_source.get(source, 0) + 1
+
     def reset(self) -> None:
         """Start counting again."""
         self.num_steps = self.num_target_tokens = self.num_output_tokens = 0
         self.num_goals = self.num_goals_met = 0
         self.sums = RequestStats()
-        self.steps_by_nodes, self.drafted_by_source = {}, {}
+        self.steps_by_nodes, self.drafted_by_source, self.drafted_by_depth = {}, {}, []
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     @property

@@ -114,7 +114,7 @@ def _emitted(
     trace: "StepTrace", path: ListLike[int], p: ListLike[float], names: ListLike[str]
 ) -> tuple[TreeToken, ...]:
     sequence, tree, num_new = trace.sequence, trace.tree, trace.num_new
-    emitted = [(tree.tokens[node], names[first_source(tree, node)], p[node]) for node in path]
+    emitted = [(tree.tokens[node], names[sources_of(tree, node)[0]], p[node]) for node in path]
     if num_new > len(path):  # else the text ended on the path
         emitted.append((trace.verdict.next_token, "target", p[len(tree)]))
     ends = [0, *sequence.text_ends][-num_new - 1 :]
@@ -123,11 +123,6 @@ def _emitted(
         TreeToken(token, source, chance, text[start:stop])
         for (token, source, chance), start, stop in zip(emitted, ends[:-1], ends[1:], strict=True)
     )
-
-
-def first_source(tree: TokenTree, node: int) -> int:
-    """Who was the first to propose a drafted node."""
-    return sources_of(tree, node)[0]
 
 
 def sources_of(tree: TokenTree, node: int) -> list[int]:

@@ -1,20 +1,31 @@
 """The application: its routes, and its answers to what goes wrong."""
 
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from specinfer import __version__
 from specinfer.errors import SpecInferError
 from specinfer.serve.chat import create_chat_completion
+from specinfer.serve.completions import create_completion
 from specinfer.serve.errors import ApiError, as_api_error
 from specinfer.serve.middleware import Surroundings
-from specinfer.serve.schema import ChatRequest, ErrorBody
+from specinfer.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ErrorBody,
+    TokenizeRequest,
+)
 from specinfer.serve.state import Service
+from specinfer.serve.tokens import create_text, create_tokens
 
 PAGE = Path(__file__).parent / "page"
 
@@ -41,12 +52,21 @@ def make_app(service: Service) -> FastAPI:
         redoc_url=None,
         responses=_ERRORS,  # type: ignore[arg-type]
     )
-    app.add_middleware(Surroundings, settings=service.settings)
+    app.add_middleware(Surroundings, service=service)
+    if service.settings.allowed_origins:  # outermost: a browser asks before it sends a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id"],
+        )
     app.exception_handler(ApiError)(_refuse)
     app.exception_handler(SpecInferError)(_refuse)
     app.exception_handler(HTTPException)(_refuse_http)
     app.exception_handler(RequestValidationError)(_refuse_body)
     _add_inference(app, service)
+    _add_facts(app, service)
     _add_page(app)
     return app
 
@@ -57,19 +77,59 @@ def _add_inference(app: FastAPI, service: Service) -> None:
         """Answer a conversation."""
         return await create_chat_completion(service, body, request)
 
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue a prompt or several."""
+        return await create_completion(service, body, request)
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """Token ids of a text, or of messages through the chat template."""
+        return await create_tokens(service, body)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        """The text of token ids."""
+        return await create_text(service, body)
+
+
+def _add_facts(app: FastAPI, service: Service) -> None:
+    def describe(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "specinfer",
+            "root": service.model,
+            "parent": None,
+            "max_model_len": service.llm.llm.engine.max_model_len,
+        }
+
     @app.get("/v1/models")
-    async def models() -> Response:
+    async def models() -> dict[str, Any]:
         """What is served, under all its names."""
-        data = [
-            {"id": name, "object": "model", "created": service.created, "owned_by": "specinfer"}
-            for name in service.model_names
-        ]
-        return JSONResponse({"object": "list", "data": data})
+        return {"object": "list", "data": [describe(name) for name in service.model_names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """One model."""
+        return describe(service.resolve_model(name))
 
     @app.get("/health")
     async def health() -> Response:
         """200 while the engine serves, else 503."""
         return Response(status_code=200 if service.llm.is_alive else 503)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """This program's version."""
+        return {"version": __version__}
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """For Prometheus."""
+        write, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(write(service.metrics.registry), media_type=content_type)
 
 
 def _add_page(app: FastAPI) -> None:

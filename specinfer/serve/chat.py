@@ -1,131 +1,156 @@
-"""`/v1/chat/completions`: messages in, an answer out, at once or as a stream."""
+"""`/v1/chat/completions`: messages in, an answer or tool calls out."""
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from specinfer.async_llm import StepUpdate
-from specinfer.request import RequestOutput
-from specinfer.serve.deltas import Sent
-from specinfer.serve.errors import as_api_error
-from specinfer.serve.params import chat_params
-from specinfer.serve.schema import ChatRequest, Message, StreamOptions
-from specinfer.serve.sse import DONE, EventStream, encode, event, until_disconnect
-from specinfer.serve.state import Run, Service
-from specinfer.serve.trees import tree_event
-from specinfer.serve.usage import usage_of
+from specinfer.request import CompletionOutput, RequestOutput
+from specinfer.serve.deltas import Delta, Sent
+from specinfer.serve.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from specinfer.serve.params import chat_params, check_stream
+from specinfer.serve.prompts import chat_prompt
+from specinfer.serve.respond import Json, respond
+from specinfer.serve.schema import ChatRequest
+from specinfer.serve.state import Service
+from specinfer.serve.toolcalls import ToolDelta
+from specinfer.serve.tools import ToolUse
 
 
 async def create_chat_completion(service: Service, body: ChatRequest, request: Request) -> Response:
-    """Answer."""
+    """Answer a conversation."""
     model = service.resolve_model(body.model)
-    prompt = await asyncio.to_thread(render, service, body)
-    answer_id = f"chatcmpl-{request.state.request_id}"
-    options = body.stream_options or StreamOptions()
-    params = chat_params(service.llm.llm, body, include_tree=options.include_tree)
-    run = await service.start([prompt], params, answer_id)
-    head = {"id": answer_id, "created": int(time.time()), "model": model}
-    if body.stream:
-        return EventStream(_stream(service, run, head, params.n, options), run.close)
-    try:
-        output = await until_disconnect(request.receive, _last(run))
-    finally:
-        run.close()
-    return Response(encode(_whole(output, head)), media_type="application/json")
-
-
-def render(service: Service, body: ChatRequest) -> list[int]:
-    """The prompt that the messages stand for."""
-    return service.llm.tokenizer.apply_chat_template(
-        [plain_message(message) for message in body.messages],
-        add_generation_prompt=body.add_generation_prompt,
-        **(body.chat_template_kwargs or {}),
-    )
-
-
-def plain_message(message: Message) -> dict[str, Any]:
-    """A message as chat templates know it."""
-    plain = message.model_dump(exclude_unset=True)
-    if isinstance(message.content, list):
-        plain["content"] = "\n".join(part.text for part in message.content)
-    if message.role == "developer":
-        plain["role"] = "system"
-    return plain
-
-
-async def _last(run: Run) -> RequestOutput:
-    async for update in run:
-        output = update.output
-    return output
-
-
-def _whole(output: RequestOutput, head: dict[str, Any]) -> dict[str, Any]:
-    choices = [
-        {
-            "index": each.index,
-            "message": {"role": "assistant", "content": each.text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": each.finish_reason,
-            "stop_reason": each.stop_reason,
-        }
-        for each in output.outputs
-    ]
-    return head | {"object": "chat.completion", "choices": choices, "usage": usage_of([output])}
-
-
-async def _stream(
-    service: Service, run: Run, head: dict[str, Any], n: int, options: StreamOptions
-) -> AsyncIterator[bytes]:
-    head = head | {"object": "chat.completion.chunk"}
-    if options.include_usage:
-        head["usage"] = None
-
-    def chunk(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | more
-        return head | {"choices": [choice]}
-
-    sent = [Sent() for _ in range(n)]
-    is_done = [False] * n
-    try:
-        for index in range(n):
-            yield event(chunk(index, {"role": "assistant", "content": ""}))
-        async for update in run:
-            trees = _trees(service, update)
-            for each in update.output.outputs:
-                delta = sent[each.index].advance(each)
-                *earlier, last = trees.get(each.index) or [None]
-                for tree in earlier:  # steps whose text comes with the last one's
-                    yield event(chunk(each.index, {"content": ""}) | {"tree": tree})
-                if delta.text or last:
-                    value = chunk(each.index, {"content": delta.text})
-                    yield event(value if last is None else value | {"tree": last})
-                if delta.is_last and not is_done[each.index]:
-                    is_done[each.index] = True
-                    yield event(
-                        chunk(
-                            each.index,
-                            {},
-                            finish_reason=each.finish_reason,
-                            stop_reason=each.stop_reason,
-                        )
-                    )
-        if options.include_usage:
-            yield event(head | {"choices": [], "usage": usage_of([update.output])})
-    except Exception as error:
-        yield event(as_api_error(error).body)
-    yield DONE
-
-
-def _trees(service: Service, update: StepUpdate) -> dict[int, list[Any]]:
-    """Per sample, the trees of its steps since the last update."""
+    options = check_stream(body)
     tokenizer = service.llm.tokenizer
-    trees: dict[int, list[Any]] = {}
-    for step in update.output.trees:
-        trees.setdefault(step.index, []).append(
-            tree_event(step, lambda token: tokenizer.decode([token], skip_special_tokens=False))
-        )
-    return trees
+    tools = ToolUse.of(body, tokenizer, service.settings.tool_call_parser)
+    params = chat_params(
+        service.llm.llm, body, include_tree=options.include_tree, **tools.sampling_fields()
+    )
+    # Off the event loop: a long prompt takes a while, and others' streams should not.
+    text = await asyncio.to_thread(chat_prompt, tokenizer, body, tools.prompt_tools())
+    prompt = await service.encode(text, add_special_tokens=body.add_special_tokens is True)
+    answer_id = f"chatcmpl-{request.state.request_id}"
+    run = await service.start([prompt], params, answer_id, request.state.note, text)
+    shape = ChatShape(body, tools, service.token_names(as_ids=body.return_tokens_as_token_ids))
+    return await respond(service, run, shape, body, request, {"id": answer_id, "model": model})
+
+
+class ChatShape:
+    """How chats write their choices."""
+
+    name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+
+    def __init__(self, body: ChatRequest, tools: ToolUse, names: TokenNames) -> None:
+        self._body = body
+        self._tools = tools
+        self._names = names
+        self._continuations = [_Continuation(tools) for _ in range(body.n or 1)]
+
+    def opening(self) -> list[Json]:
+        """The role, once per continuation."""
+        delta = {"role": "assistant", "content": ""}
+        return [self._choice(index, delta) for index in range(len(self._continuations))]
+
+    def empty(self, prompt: int, sample: int) -> Json:
+        """See `Shape`."""
+        return self._choice(sample, {"content": ""})
+
+    def step(self, prompt: int, output: RequestOutput, each: CompletionOutput) -> list[Json]:
+        """See `Shape`; the last one of a continuation has its finish_reason and no text."""
+        so_far = self._continuations[each.index]
+        if so_far.sent.is_over:
+            return []
+        delta = so_far.sent.advance(each)
+        choices = [self._choice(each.index, new) for new in so_far.read(delta)]
+        if delta.logprobs or (self._body.return_token_ids and delta.token_ids):
+            choices = choices or [self.empty(prompt, each.index)]
+            choices[0] |= self._extras(delta.token_ids, delta.logprobs)
+        if delta.is_last:
+            end = {"finish_reason": so_far.finish_reason(each), "stop_reason": each.stop_reason}
+            choices.append(self._choice(each.index, {}) | end)
+        return choices
+
+    def whole(self, outputs: list[RequestOutput]) -> Json:
+        """See `Shape`."""
+        [output] = outputs
+        more: Json = {}
+        if self._body.return_token_ids:
+            more["prompt_token_ids"] = output.prompt_token_ids
+        of_prompt: Any = output.prompt_logprobs
+        if of_prompt is not None:
+            more["prompt_logprobs"] = prompt_logprobs(of_prompt)
+        return {"choices": [self._whole_choice(each) for each in output.outputs], **more}
+
+    def _whole_choice(self, each: CompletionOutput) -> Json:
+        so_far = self._continuations[each.index]
+        deltas = so_far.read(so_far.sent.advance(each))
+        text = "".join(delta.get("content", "") for delta in deltas)
+        calls: list[Json] = []
+        for new in (call for delta in deltas for call in delta.get("tool_calls", ())):
+            if new["index"] == len(calls):
+                calls.append({"id": new["id"], "type": "function", "function": new["function"]})
+            else:
+                calls[new["index"]]["function"]["arguments"] += new["function"]["arguments"]
+        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        return {
+            "index": each.index,
+            "message": message,
+            "logprobs": None,
+            "finish_reason": so_far.finish_reason(each),
+            "stop_reason": each.stop_reason,
+            **self._extras(each.token_ids, each.logprobs),
+        }
+
+    def _choice(self, index: int, delta: Json) -> Json:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _extras(self, token_ids: list[int], places: list[Any] | None) -> Json:
+        extras: Json = {}
+        if places is not None:
+            top = self._body.top_logprobs or 0
+            extras["logprobs"] = chat_logprobs(token_ids, places, top, self._names)
+        if self._body.return_token_ids:
+            extras["token_ids"] = token_ids
+        return extras
+
+
+class _Continuation:
+    """One sample: what was sent of it, and the calls found in it."""
+
+    def __init__(self, tools: ToolUse) -> None:
+        self.sent = Sent()
+        self._tools = tools
+        self._reader = tools.reader()
+        self._has_begun = False
+
+    def read(self, delta: Delta) -> list[Json]:
+        """New text as deltas of messages."""
+        if self._tools.choice == "named":
+            begins, self._has_begun = not self._has_begun, True
+            name = self._tools.name if begins else None
+            new = [ToolDelta(call=0, name=name, arguments=delta.text)]
+            return [self._as_message(each) for each in new if name or each.arguments]
+        if self._reader is None:
+            return [{"content": delta.text}] if delta.text else []
+        new = self._reader.push(delta.text)
+        if delta.is_last:
+            new += self._reader.flush()
+        return [self._as_message(each) for each in new]
+
+    def finish_reason(self, each: CompletionOutput) -> str | None:
+        """OpenAI's: of calls that the model chose to make, "tool_calls"."""
+        has_calls = self._reader is not None and self._reader.num_calls > 0
+        return "tool_calls" if has_calls and each.finish_reason == "stop" else each.finish_reason
+
+    def _as_message(self, delta: ToolDelta) -> Json:
+        if delta.call is None:
+            return {"content": delta.text}
+        call: Json = {"index": delta.call, "function": {"arguments": delta.arguments}}
+        if delta.name is not None:
+            call |= {"id": self._tools.new_id(), "type": "function"}
+            call["function"] = {"name": delta.name, "arguments": delta.arguments}
+        return {"tool_calls": [call]}

@@ -1,6 +1,6 @@
 """What of a continuation has been sent, and what is new."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from specinfer.request import CompletionOutput
@@ -21,11 +21,15 @@ class Delta:
 
 @dataclass(slots=True)
 class Sent:
-    """How much of one continuation has been sent."""
+    """How much of one continuation has been sent.
+
+    is_over  whether that was all of it
+    """
 
     num_chars: int = 0
     num_tokens: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+    has_begun: bool = False
+    is_over: bool = False
 
     def advance(self, output: CompletionOutput) -> Delta:
         """What is new since the last call."""
@@ -38,4 +42,6 @@ class Sent:
         )
         self.num_chars = len(output.text)
         self.num_tokens = len(output.token_ids)
+        self.has_begun = True
+        self.is_over = delta.is_last
         return delta

@@ -15,8 +15,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specinfer.serve.errors import ApiError, as_api_error
-from specinfer.serve.settings import ServerSettings
 from specinfer.serve.sse import encode
+from specinfer.serve.state import Service
 
 OPEN_PATHS = ("/health", "/")
 """What is there without a key; so are the page's files. All else, metrics included, wants one."""
@@ -27,10 +27,11 @@ _log = logging.getLogger("specinfer.serve")
 class Surroundings:
     """Gives every request an id, checks key and size, and logs how it went."""
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._settings = settings
-        self._keys = [key.encode() for key in settings.api_key]
+        self._settings = service.settings
+        self._metrics = service.metrics
+        self._keys = [key.encode() for key in service.settings.api_key]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -54,23 +55,19 @@ class Surroundings:
             self._check(scope)
             await self._app(scope, self._limited(receive), send_with_id)
         except Exception as error:
-            told = as_api_error(error)
-            if told.status == 500:
-                _log.exception("request failed", extra={"request_id": request_id})
+            refusal = as_api_error(error)
+            if refusal.status == 500:
+                _log.exception("request failed", extra={"fields": {"request_id": request_id}})
             if status == 0:
-                await _send_error(told, send_with_id)
+                await _send_error(refusal, send_with_id)
         finally:
-            _log.info(
-                "request",
-                extra={
-                    "request_id": request_id,
-                    "method": scope["method"],
-                    "path": scope["path"],
-                    "status": status or 499,  # as nginx has it: the client left before an answer
-                    "duration_s": round(time.perf_counter() - start, 4),
-                    **note,
-                },
-            )
+            status = status or 499  # as nginx has it: the client left before an answer
+            route = scope.get("route")
+            self._metrics.count_response(getattr(route, "path", "other"), status)
+            told = {"method": scope["method"], "path": scope["path"], "status": status}
+            duration_s = round(time.perf_counter() - start, 4)
+            fields = {"request_id": request_id} | told | {"duration_s": duration_s} | note
+            _log.info("request", extra={"fields": fields})
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)

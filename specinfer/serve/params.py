@@ -6,7 +6,7 @@ from specinfer.errors import RequestError
 from specinfer.llm import LLM
 from specinfer.request import SamplingParams
 from specinfer.serve.errors import ApiError
-from specinfer.serve.schema import ChatRequest, CompletionRequest, SamplingBody
+from specinfer.serve.schema import ChatRequest, CompletionRequest, SamplingBody, StreamOptions
 
 _SAME_NAMES = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
@@ -23,12 +23,25 @@ _GUIDED = {
 """vLLM's older spellings of structured_outputs."""
 
 
-def completion_params(llm: LLM, body: CompletionRequest) -> SamplingParams:
+def check_stream(body: SamplingBody) -> StreamOptions:
+    """What the stream carries.
+
+    raises  ApiError for options of a stream where there is none
+    """
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
+    if body.stream and body.prompt_logprobs is not None:
+        raise ApiError(400, "prompt_logprobs cannot be streamed", param="prompt_logprobs")
+    return body.stream_options or StreamOptions()
+
+
+def completion_params(llm: LLM, body: CompletionRequest, **more: Any) -> SamplingParams:
     """How to continue a prompt.
 
+    more    fields that are no part of the body
     raises  ConfigError or ApiError for what cannot be
     """
-    fields = _common_fields(body)
+    fields = _common_fields(body) | more
     if body.max_tokens is not None:
         # Echoing alone: the one token it takes to read the prompt's laws is not returned.
         fields["max_tokens"] = max(1, body.max_tokens) if body.echo else body.max_tokens
@@ -42,10 +55,13 @@ def completion_params(llm: LLM, body: CompletionRequest) -> SamplingParams:
 def chat_params(llm: LLM, body: ChatRequest, **more: Any) -> SamplingParams:
     """How to answer; max_tokens defaults to the rest of the context.
 
-    more    fields that follow from the tools
+    more    fields that are no part of the body
     raises  ConfigError or ApiError for what cannot be
     """
-    fields = _common_fields(body) | more
+    fields = _common_fields(body)
+    if twice := fields.keys() & more.keys() & {"structured_outputs", "response_format"}:
+        raise ApiError(400, f"{min(twice)} and tool_choice exclude each other: give one")
+    fields |= more
     if body.max_completion_tokens is not None:
         if body.max_tokens not in (None, body.max_completion_tokens):
             raise ApiError(
