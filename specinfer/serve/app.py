@@ -1,12 +1,10 @@
 """The application: its routes, and its answers to what goes wrong."""
 
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import JSONResponse, Response
 from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -26,8 +24,7 @@ from specinfer.serve.schema import (
 )
 from specinfer.serve.state import Service
 from specinfer.serve.tokens import create_text, create_tokens
-
-PAGE = Path(__file__).parent / "page"
+from specinfer.serve.web import mount_page
 
 _ERRORS = {
     status: {"model": ErrorBody, "description": meaning}
@@ -67,7 +64,7 @@ def make_app(service: Service) -> FastAPI:
     app.exception_handler(RequestValidationError)(_refuse_body)
     _add_inference(app, service)
     _add_facts(app, service)
-    _add_page(app)
+    mount_page(app)
     return app
 
 
@@ -130,16 +127,6 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         """For Prometheus."""
         write, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(write(service.metrics.registry), media_type=content_type)
-
-
-def _add_page(app: FastAPI) -> None:
-    if not (PAGE / "index.html").is_file():
-        return
-    app.mount("/page", StaticFiles(directory=PAGE))
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return FileResponse(PAGE / "index.html")
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
