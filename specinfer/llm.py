@@ -54,10 +54,12 @@ class Pending:
         return all(sequence.is_finished for sequence in self.sequences)
 
     def output(self) -> RequestOutput:
-        """All of it so far, as a value that later steps do not touch."""
-        stats = RequestStats()
+        """All of it so far, as a value that later steps do not touch; of trees, the new ones."""
+        stats, trees = RequestStats(), []
         for sequence in self.sequences:
             stats.add(sequence.stats)
+            trees += sequence.trees
+            sequence.trees = []
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
@@ -73,6 +75,7 @@ class Pending:
             finished=self.is_finished,
             stats=stats,
             prompt_logprobs=_copied(self.sequences[0].prompt_logprobs),
+            trees=trees,
         )
 
 

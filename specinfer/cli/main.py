@@ -21,8 +21,10 @@ from specinfer.cli.chat import chat
 from specinfer.cli.generate import generate
 from specinfer.cli.models import models
 from specinfer.cli.options import takes_options
+from specinfer.cli.serve import serve
 from specinfer.cli.tree import tree
 from specinfer.errors import SpecInferError
+from specinfer.serve.settings import ServerSettings
 
 
 class _Group(TyperGroup):
@@ -94,6 +96,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 app.command()(takes_options(generate))
 app.command()(takes_options(chat))
 app.command()(takes_options(tree))
+app.command()(takes_options(serve, settings=ServerSettings, samples=False))
 bench.command("latency")(takes_options(bench_latency))
 app.add_typer(bench, name="bench")
 app.command()(models)

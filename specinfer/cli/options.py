@@ -71,9 +71,9 @@ _AS_JSON = {
     "response_format": '{"type": "json_object"}',
 }
 _FLAG_TYPES: dict[str, Any] = {"prediction": str, **dict.fromkeys(_AS_JSON, str)}
-_NO_FLAGS = ("speculation", "logprobs", "prompt_logprobs")
+_NO_FLAGS = ("speculation", "include_tree", "logprobs", "prompt_logprobs")
 """A request's own speculation: on the command line there is one request, and flags of its parts.
-Log-probabilities: the commands show text."""
+Trees are drawn by a command of their own. Log-probabilities: the commands show text."""
 
 _RENAMED: dict[tuple[type, str], str] = {(EngineConfig, "seed"): "engine_seed"}
 
@@ -100,14 +100,7 @@ class Asked:
         given   by parameter name; None where a flag was not given
         raises  ConfigError in one sentence
         """
-        values: dict[type, dict[str, Any]] = {
-            group: {
-                name: given[flag]
-                for name, flag in _flag_names(group).items()
-                if given.get(flag) is not None
-            }
-            for _, group in _GROUPS
-        }
+        values = {group: _given_fields(group, given) for _, group in _GROUPS}
         for name in _AS_JSON:
             if name in values[SamplingParams]:
                 values[SamplingParams][name] = _read_json(name, values[SamplingParams][name])
@@ -161,14 +154,33 @@ class Asked:
         return llm.default_chat_params(**self.sampling)
 
 
-def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameter `asked` of a command by the flags of all dataclasses."""
-    own = [p for p in _signature(command) if p.name != "asked"]
-    flags = [_parameter(group, panel, field) for panel, group in _GROUPS for field in shown(group)]
+def takes_options(
+    command: Callable[..., None], *, settings: type | None = None, samples: bool = True
+) -> Callable[..., None]:
+    """Replace the parameter `asked` of a command by the flags of all dataclasses.
+
+    settings  a further dataclass: its flags become the parameter `settings`
+    samples   whether there are flags for SamplingParams
+    A parameter of the command's own that is called like a flag takes its place.
+    """
+    own = [p for p in _signature(command) if p.name not in ("asked", "settings")]
+    names = {p.name for p in own}
+    groups = [group for group in _GROUPS if samples or group[1] is not SamplingParams]
+    if settings is not None:
+        groups.append(("Server", settings))
+    flags = [
+        _parameter(group, panel, field)
+        for panel, group in groups
+        for field in shown(group)
+        if field.name not in names
+    ]
+    replaced = names & {each.name for _, group in groups for each in shown(group)}
 
     @wraps(command)
     def with_flags(**given: Any) -> None:
-        kept = {parameter.name: given.pop(parameter.name) for parameter in own}
+        kept = {name: given[name] if name in replaced else given.pop(name) for name in names}
+        if settings is not None:
+            kept["settings"] = settings(**_given_fields(settings, given))
         command(**kept, asked=Asked.read(given))
 
     parameters = own + flags
@@ -207,6 +219,11 @@ def _signature(command: Callable[..., None]) -> list[inspect.Parameter]:
         parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
         for parameter in parameters
     ]
+
+
+def _given_fields(group: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    names = _flag_names(group).items()
+    return {name: given[flag] for name, flag in names if given.get(flag) is not None}
 
 
 def _flag_names(group: type) -> dict[str, str]:

@@ -187,11 +187,15 @@ class Controller:
 
     def goodput(self, num_tokens: int, num_spans: int) -> float:
         """λ, tokens per second: what steps of this size brought, at least what plain ones do."""
-        plain = num_spans / self._step_s(num_tokens, num_spans, 0, ())
+        plain = num_spans / self.plain_s(num_tokens, num_spans)
         known = self._goodput.get(_bucket(num_spans))
         if known is None or known.seconds == 0:
             return plain
         return max(plain, known.tokens / known.seconds)
+
+    def plain_s(self, num_tokens: int, num_spans: int) -> float:
+        """Seconds of a step without trees."""
+        return self._step_s(num_tokens, num_spans, 0, ())
 
     def observe(self, load: StepLoad, *, decoding_only: bool) -> None:
         """Learn from a step.

@@ -14,10 +14,11 @@ from specinfer.engine.constraints import Constraints
 from specinfer.engine.controller import Controller
 from specinfer.engine.logprobs import emitted_logprobs, take_prompt_rows
 from specinfer.engine.measure import Report
-from specinfer.engine.scheduler import Scheduler
+from specinfer.engine.scheduler import Job, Scheduler
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.speculator import Speculator
 from specinfer.engine.stats import EngineStats
+from specinfer.engine.tracing import StepTime, chances_of, keep_trees, sources_of
 from specinfer.engine.verification import verify_works
 from specinfer.engine.work import Work
 from specinfer.errors import RequestError
@@ -77,6 +78,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.constraints = Constraints(tokenizer, target.vocab_size)
         self.max_model_len = max_model_len
+        self.config = config
         self._seed = config.seed
         self.scheduler = Scheduler(
             allocator,
@@ -177,6 +179,7 @@ class Engine:
             jobs = self.scheduler.schedule()
         if not jobs:
             return []
+        _note_start(jobs)
         with timed("grow"):
             works = self.speculator.draft(jobs)
         with timed("target"):
@@ -187,11 +190,18 @@ class Engine:
             emitting = [work for work in works if work.num_logits]
             verdicts = verify_works(emitting, logits)
             logprobs = emitted_logprobs(emitting, verdicts, logits, self.tokenizer)
+        chances = chances_of(emitting, verdicts, logits)
         with timed("commit"):
             traces = self._commit(works, verdicts, logprobs)
         self.stats.num_steps += 1
         self.stats.num_target_tokens += sum(len(span.tokens) for span in spans)
         self.stats.num_output_tokens += sum(trace.num_new for trace in traces)
+        num_nodes = sum(work.tree.num_drafted for work in works)
+        counts = self.stats.steps_by_nodes
+        counts[num_nodes] = counts.get(num_nodes, 0) + 1
+        if chances:
+            names = [drafter.name for drafter in self.speculator.drafters]
+            keep_trees(emitting, traces, chances, names, self._step_time(works, before))
         self.speculator.learn_times(works, verdicts, before)
         return traces
 
@@ -276,20 +286,24 @@ class Engine:
             )
 
     def _count(self, work: Work, emitted_path: ListLike[int]) -> None:
-        stats, tree = work.job.sequence.stats, work.tree
-        stats.num_target_steps += 1
-        stats.num_drafted += tree.num_drafted
-        stats.num_accepted += len(emitted_path)
-        missing = len(emitted_path) - len(stats.accepted_by_depth)
-        stats.accepted_by_depth.extend([0] * missing)
-        for depth, node in enumerate(emitted_path):
-            stats.accepted_by_depth[depth] += 1
-            parent = tree.parents[node]
-            source = next(
-                tree.slots[s].source for s in tree.slots_of[parent] if tree.slots[s].node == node
+        tree, drafters = work.tree, self.speculator.drafters
+        sources = [sources_of(tree, node) for node in range(1, len(tree))]
+        names = [drafters[each[0]].name for each in sources]
+        self.stats.count_tree(tree.depths[1:], names)
+        prediction = len(drafters) - 1
+        for stats in (work.job.sequence.stats, self.stats.sums):
+            stats.count_step(
+                tree.num_drafted,
+                accepted=[names[node - 1] for node in emitted_path],
+                num_predicted=sum(prediction in sources[node - 1] for node in emitted_path),
             )
-            name = self.speculator.drafters[source].name
-            stats.accepted_by_source[name] = stats.accepted_by_source.get(name, 0) + 1
+
+    def _step_time(self, works: ListLike[Work], before: dict[str, float]) -> StepTime:
+        seconds = {part: total - before[part] for part, total in self.stats.seconds.items()}
+        controller, plain_s = self.speculator.controller, None
+        if controller is not None:
+            plain_s = controller.plain_s(sum(work.job.num_tokens for work in works), len(works))
+        return StepTime(seconds, len(works), plain_s)
 
     def _remove(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
@@ -312,3 +326,10 @@ class Engine:
             *(sequence.request_id, stats.tpot_s * 1e3, goal_s * 1e3),
             *("met" if is_met else "missed", self.stats.num_goals_met, self.stats.num_goals),
         )
+
+
+def _note_start(jobs: ListLike[Job]) -> None:
+    now = time.perf_counter()
+    for job in jobs:
+        if job.sequence.scheduled_s is None:
+            job.sequence.scheduled_s = now

@@ -59,6 +59,11 @@ class Scheduler:
         """Tokens, drafted nodes included, that the pages hold."""
         return self._allocator.num_blocks * self._allocator.block_size
 
+    @property
+    def usage(self) -> float:
+        """The share of the pages that is in use."""
+        return 1 - self._allocator.num_free / self._allocator.num_blocks
+
     def check_fits(self, max_total: int, max_nodes: int) -> None:
         """Refuse a sequence that could never be admitted.
 

@@ -10,7 +10,13 @@ from specinfer.config import IID_VERIFIERS, Draw, Speculation, VerifierName
 from specinfer.draft.calibration import COLDEST_DRAW, Fortune, Regime, regime_of
 from specinfer.engine.constraints import Constraints
 from specinfer.engine.controller import DrafterChoice
-from specinfer.request import CompletionOutput, Logprobs, RequestStats, SamplingParams
+from specinfer.request import (
+    CompletionOutput,
+    Logprobs,
+    RequestStats,
+    SamplingParams,
+    StepTree,
+)
 from specinfer.sampling import SeededNoise, request_generator
 from specinfer.text.stream import IncrementalDetokenizer, StopStrings
 from specinfer.text.tokenizer import Tokenizer
@@ -25,7 +31,10 @@ class Sequence:
     max_nodes     drafted nodes a step may add
     history       what its laws depend on beside the logits; None: nothing
     prompt_logprobs  per token of the prompt so far, where the first sample is asked for them
-    first_s       when its first output token came, by the clock of `time.perf_counter`
+    scheduled_s   when it was first computed, by the clock of `time.perf_counter`
+    first_s       when its first output token came
+    trees         where the request asks for them, its steps that nobody has taken yet
+    text_ends     there, too: how long the output's text was after each output token
     """
 
     def __init__(
@@ -55,6 +64,7 @@ class Sequence:
         self.tokens = list(prompt)
         self.num_prompt = len(self.tokens)
         self.num_computed = 0
+        self.scheduled_s: float | None = None
         self.first_s: float | None = None
         self.fortunes: dict[int, Fortune] = {}
         self.choice: DrafterChoice | None = None
@@ -65,7 +75,9 @@ class Sequence:
         self.prompt_logprobs: list[Logprobs | None] | None = None
         if params.prompt_logprobs is not None and index == 0:
             self.prompt_logprobs = [None]
-        self.stats = RequestStats()
+        self.stats = RequestStats(num_predicted=len(prediction))
+        self.trees: list[StepTree] = []
+        self.text_ends: list[int] = []
         self.rng: np.random.Generator = request_generator(seed, number)
         self.noise = (
             None
@@ -128,7 +140,12 @@ class Sequence:
         for token in tokens:
             self.tokens.append(token)
             self.output.token_ids.append(token)
-            if self._takes_end(token):
+            is_end = self._takes_end(token)
+            if is_end:
+                self._flush()
+            if self.params.include_tree:
+                self.text_ends.append(len(self.output.text))
+            if is_end:
                 break
         taken = len(self.tokens) - start
         if self.output.logprobs is not None:
@@ -137,8 +154,6 @@ class Sequence:
                 self.output.logprobs.append(each)
                 self.output.cumulative_logprob += each[token].logprob
         self.stats.num_output_tokens += taken
-        if self.is_finished:
-            self._flush()
         return taken
 
     def abort(self) -> None:

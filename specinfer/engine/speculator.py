@@ -25,7 +25,7 @@ from specinfer.engine.controller import (
 from specinfer.engine.measure import Report
 from specinfer.engine.scheduler import Job
 from specinfer.engine.sequence import Sequence
-from specinfer.engine.stats import HOST_PARTS, EngineStats, TimedDrafter
+from specinfer.engine.stats import HOST_PARTS, DrafterFailedError, EngineStats, TimedDrafter
 from specinfer.engine.work import Work
 from specinfer.errors import ConfigError
 from specinfer.tree import TokenTree
@@ -57,7 +57,7 @@ class Speculator:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._num_drafters = len(drafters)
         self._is_model = [isinstance(each, ModelDrafter) for each in drafters]
-        self.drafters: list[Drafter] = [
+        self.drafters: list[TimedDrafter] = [
             TimedDrafter(each, source, stats)
             for source, each in enumerate((*drafters, PredictionDrafter(), ForcedDrafter()))
         ]
@@ -116,7 +116,10 @@ class Speculator:
                 groups.setdefault(kind, []).append((work, growth))
         for kind, members in groups.items():
             growths = [growth for _, growth in members]
-            grown = self._builder(kind, jobs, growths).grow(growths, self.drafters)
+            try:
+                grown = self._builder(kind, jobs, growths).grow(growths, self.drafters)
+            except DrafterFailedError:
+                continue  # what was drawn is thrown away unseen: roots alone, and the law stands
             for (work, _), each in zip(members, grown, strict=True):
                 work.tree, work.grown = each.tree, each
         return works
@@ -280,7 +283,9 @@ class Speculator:
         sources = [
             source
             for source, drafter in enumerate(self.drafters)
-            if len(sequence.tokens) <= drafter.max_positions and takes_part[source]
+            if len(sequence.tokens) <= drafter.max_positions
+            and not drafter.is_failed
+            and takes_part[source]
         ]
         models = [each for each in sources if each < self._num_drafters and self._is_model[each]]
         if len(models) < 2 or sequence.speculation.tree != "auto" or self.controller is None:

@@ -1,7 +1,8 @@
 """Where a step's time goes, and how many tokens came of it."""
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,6 +10,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from specinfer.draft.base import Draft, Drafter, Pick
+from specinfer.request import RequestStats
+
+_log = logging.getLogger("specinfer")
 
 PARTS = ("schedule", "draft", "grow", "target", "verify", "commit")
 """draft: the drafters' passes; grow: making trees of what they said; target: the target's pass."""
@@ -38,6 +42,11 @@ class EngineStats:
     num_target_tokens  tokens the target computed: prompt chunks, roots and drafted nodes
     num_output_tokens  tokens emitted
     num_goals          requests that ended with a latency goal, and num_goals_met of them in time
+    sums               what speculation did, for all requests together
+    steps_by_nodes     how many steps had so many drafted nodes, those of all sequences together
+    drafted_by_source  per drafter's name, how many nodes it was the first to propose
+    drafted_by_depth   entry d - 1: how many nodes were drafted at depth d
+    failed_drafters    those that raised and are asked no more, and how
     passes             the drafters' passes of the last step
     seconds            per part of a step; a part inside a part counts once, as the inner one
     """
@@ -47,6 +56,11 @@ class EngineStats:
     num_output_tokens: int = 0
     num_goals: int = 0
     num_goals_met: int = 0
+    sums: RequestStats = field(default_factory=RequestStats)
+    steps_by_nodes: dict[int, int] = field(default_factory=dict)
+    drafted_by_source: dict[str, int] = field(default_factory=dict)
+    drafted_by_depth: list[int] = field(default_factory=list)
+    failed_drafters: dict[str, str] = field(default_factory=dict)
     passes: list[Pass] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     _nested_s: float = 0.0
@@ -63,10 +77,20 @@ class EngineStats:
             self.seconds[part] += elapsed - self._nested_s
             self._nested_s = outer_s + elapsed
 
+    def count_tree(self, depths: Sequence[int], sources: Sequence[str]) -> None:
+        """Count a tree's drafted nodes: how deep each is, and who was the first to propose it."""
+        by_depth, by_source = self.drafted_by_depth, self.drafted_by_source
+        by_depth.extend([0] * (max(depths, default=0) - len(by_depth)))
+        for depth, source in zip(depths, sources, strict=True):
+            by_depth[depth - 1] += 1
+            by_source[source] = by_source.get(source, 0) + 1
+
     def reset(self) -> None:
         """Start counting again."""
         self.num_steps = self.num_target_tokens = self.num_output_tokens = 0
         self.num_goals = self.num_goals_met = 0
+        self.sums = RequestStats()
+        self.steps_by_nodes, self.drafted_by_source, self.drafted_by_depth = {}, {}, []
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     @property
@@ -76,21 +100,38 @@ class EngineStats:
         return sum(self.seconds[part] for part in HOST_PARTS) / total if total else 0.0
 
 
+class DrafterFailedError(Exception):
+    """A drafter raised: what was being grown with it has no tree in this step."""
+
+
 class TimedDrafter:
-    """A drafter whose passes count as "draft", wherever they are called from."""
+    """A drafter whose passes count as "draft", and whose failure ends its service, nobody else's.
+
+    is_failed  whether it raised: from then on it is not asked
+    """
 
     def __init__(self, drafter: Drafter, source: int, stats: EngineStats) -> None:
         self._source = source
         self.name = drafter.name
         self.max_positions = drafter.max_positions
+        self.is_failed = False
         self._drafter = drafter
         self._stats = stats
 
     def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Tensor | list[list[Pick]]:
-        """See `Drafter.expand`."""
+        """See `Drafter.expand`.
+
+        raises  DrafterFailedError where the drafter raises
+        """
+        if self.is_failed:
+            raise DrafterFailedError(self.name)
         start = time.perf_counter()
-        with self._stats.timed("draft"):
-            answer = self._drafter.expand(frontier)
+        try:
+            with self._stats.timed("draft"):
+                answer = self._drafter.expand(frontier)
+        except Exception as error:
+            self._fail(error)
+            raise DrafterFailedError(self.name) from error
         num_nodes = sum(len(nodes) for _, nodes in frontier)
         num_tokens = getattr(self._drafter, "num_fed", num_nodes)  # drafters without a model: none
         seconds = time.perf_counter() - start
@@ -99,8 +140,25 @@ class TimedDrafter:
 
     def admit(self, accepted: list[tuple[Draft, list[int]]]) -> None:
         """See `Drafter.admit`."""
-        self._drafter.admit(accepted)
+        if not self.is_failed:
+            try:
+                self._drafter.admit(accepted)
+            except Exception as error:
+                self._fail(error)
 
     def drop(self, key: int) -> None:
         """See `Drafter.drop`."""
-        self._drafter.drop(key)
+        if not self.is_failed:
+            try:
+                self._drafter.drop(key)
+            except Exception as error:
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.is_failed = True
+        self._stats.failed_drafters[self.name] = repr(error)
+        _log.error(
+            "drafter %s failed and is dropped: serving goes on without it",
+            self.name,
+            exc_info=error,
+        )

@@ -41,6 +41,18 @@ def verify_works(works: ListLike[Work], logits: Tensor) -> list[Verdict]:
     return [verdicts[index] for index in range(len(works))]
 
 
+def laws_of(work: Work, logits: Tensor) -> Tensor:
+    """What the target says after each node of one sequence's tree, for those who look on.
+
+    logits   [nodes, vocab]
+    returns  [nodes, vocab] float32: the law that drafts are verified against; of a greedy request,
+             whose law is 1 or 0, the model's own at temperature 1
+    """
+    if work.job.sequence.params.is_greedy:
+        return torch.softmax(logits.float(), -1)
+    return target_laws(logits, _filters([work], logits.device))
+
+
 def _verify_kind(kind: str, works: ListLike[Work], logits: Tensor) -> list[Verdict]:
     filters = _filters(works, logits.device)
     if kind == "greedy":

@@ -1,0 +1,127 @@
+"""What surrounds every request: its id, its key, the size of its body, and a line in the log.
+
+Plain ASGI, so that a stream passes through untouched.
+"""
+
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from specinfer.serve.errors import ApiError, as_api_error
+from specinfer.serve.sse import encode
+from specinfer.serve.state import Service
+
+OPEN_PATHS = ("/health", "/")
+"""What is there without a key; so are the page's files. All else, metrics included, wants one."""
+
+_log = logging.getLogger("specinfer.serve")
+
+
+class Surroundings:
+    """Gives every request an id, checks key and size, and logs how it went."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._settings = service.settings
+        self._metrics = service.metrics
+        self._keys = [key.encode() for key in service.settings.api_key]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        note: dict[str, Any] = {}
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id = _request_id(Headers(scope=scope))
+        state["note"] = note
+        start, status = time.perf_counter(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self._app(scope, self._limited(receive), send_with_id)
+        except Exception as error:
+            refusal = as_api_error(error)
+            if refusal.status == 500:
+                _log.exception("request failed", extra={"fields": {"request_id": request_id}})
+            if status == 0:
+                await _send_error(refusal, send_with_id)
+        finally:
+            status = status or 499  # as nginx has it: the client left before an answer
+            route = scope.get("route")
+            self._metrics.count_response(getattr(route, "path", "other"), status)
+            told = {"method": scope["method"], "path": scope["path"], "status": status}
+            duration_s = round(time.perf_counter() - start, 4)
+            fields = {"request_id": request_id} | told | {"duration_s": duration_s} | note
+            _log.info("request", extra={"fields": fields})
+
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith("/page/")
+        if self._keys and not is_open and not _has_key(headers, self._keys):
+            raise ApiError(
+                401,
+                "this server wants an API key: send it as 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > self._settings.max_body_bytes:
+            raise self._too_large()
+
+    def _limited(self, receive: Receive) -> Receive:
+        """A body may be sent without saying how long it is."""
+        num_bytes = 0
+
+        async def receive_limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._settings.max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return receive_limited
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"the body is larger than {self._settings.max_body_bytes} bytes (max_body_bytes)",
+            code="request_too_large",
+            headers={"Connection": "close"},
+        )
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's own, where it can stand in a header and a log, else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if re.fullmatch(r"[\w.:+/=@-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
+
+
+def _has_key(headers: Headers, keys: Sequence[bytes]) -> bool:
+    """Compared in constant time, with every key: how long it takes tells nothing."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    key = given.strip().encode() if scheme.lower() == "bearer" else b""
+    return any([hmac.compare_digest(key, each) for each in keys])  # noqa: C419 - all of them
+
+
+async def _send_error(error: ApiError, send: Send) -> None:
+    body = encode(error.body)
+    headers = {"content-type": "application/json", "content-length": str(len(body))}
+    raw = [(k.lower().encode(), v.encode()) for k, v in (headers | error.headers).items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})

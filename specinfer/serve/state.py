@@ -1,0 +1,187 @@
+"""What all requests share: the engine, the settings, the metrics, and how many may wait."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from specinfer.async_llm import AsyncLLM, OutputStream, StepUpdate
+from specinfer.request import RequestOutput, SamplingParams
+from specinfer.serve.errors import ApiError
+from specinfer.serve.logprobs import TokenNames
+from specinfer.serve.metrics import Metrics, Timeline
+from specinfer.serve.params import check_room
+from specinfer.serve.settings import ServerSettings
+
+_SHORT = 2_000
+"""Characters that are encoded sooner than another thread could be asked to."""
+
+
+class Service:
+    """One model, served.
+
+    model        its folder or id
+    model_names  what clients may call it, the first one in answers
+    num_taken    continuations that run or wait
+    is_draining  whether the server is going down: what runs may finish, nothing new begins
+    created      when it began to serve, in seconds since 1970
+    """
+
+    def __init__(self, llm: AsyncLLM, settings: ServerSettings, model: str) -> None:
+        self.llm = llm
+        self.settings = settings
+        self.model = model
+        self.model_names = tuple(settings.served_model_name) or (model,)
+        self.created = int(time.time())
+        self.metrics = Metrics(llm.llm.engine, self.model_names[0], settings.metrics_prefix)
+        self._num_places = llm.llm.engine.config.max_num_seqs + settings.max_waiting
+        self.num_taken = 0
+        self.is_draining = False
+        self._numbers = itertools.count()
+
+    def resolve_model(self, asked: str | None) -> str:
+        """The name to answer with.
+
+        raises  ApiError 404 for a model that is not served
+        """
+        if asked is None:
+            return self.model_names[0]
+        if asked not in self.model_names:
+            raise ApiError(
+                404,
+                f"the model {asked!r} is not served here: use {', '.join(self.model_names)}",
+                code="model_not_found",
+                param="model",
+            )
+        return asked
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids; of a long text off the event loop, so that others' streams go on."""
+        if len(text) < _SHORT:
+            return self.llm.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(
+            self.llm.tokenizer.encode, text, add_special_tokens=add_special_tokens
+        )
+
+    def text_of(self, token_id: int) -> str:
+        """A token's own text, special ones as they are written."""
+        return self.llm.tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def token_names(self, *, as_ids: bool) -> TokenNames:
+        """How log-probabilities write tokens."""
+        pieces = self.llm.tokenizer.pieces
+        return TokenNames(
+            lambda ids: self.llm.tokenizer.decode(ids, skip_special_tokens=False),
+            None if pieces is None else pieces.__getitem__,
+            as_ids,
+        )
+
+    async def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        answer_id: str,
+        note: dict[str, Any],
+        text: Any = None,
+    ) -> "Run":
+        """Have the engine take prompts.
+
+        note    what the log will say of the request
+        text    the prompts as they were given, for the log where it may have them
+        raises  what refuses them: RequestError, CapacityError, or ApiError 503 where too many wait
+        """
+        note |= {"id": answer_id, "prompt_tokens": sum(map(len, prompts))}
+        if self.settings.log_prompts:
+            note["prompt"] = text
+        for prompt in prompts:
+            check_room(self.llm.llm, len(prompt), params, self.settings.max_prompt_tokens)
+        num = len(prompts) * params.n
+        self._check_places(num)
+        name = f"{answer_id}/{next(self._numbers)}"  # clients may send one id twice
+        stream = self.llm.submit([(prompt, params) for prompt in prompts], name)
+        self.num_taken += num
+        run = Run(self, stream, num, note)
+        try:
+            async with asyncio.timeout_at(run.deadline):
+                await stream.accepted()
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _check_places(self, num: int) -> None:
+        if self.is_draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        if num > self._num_places:
+            raise ApiError(
+                400,
+                f"the request asks for {num} continuations and the server takes "
+                f"{self._num_places} at once: split it",
+            )
+        if self.num_taken + num > self._num_places:
+            raise ApiError(
+                503,
+                "too many requests wait: try again in a moment",
+                code="overloaded",
+                headers={"Retry-After": "1"},
+            )
+
+    def _leave(self, num: int) -> None:
+        self.num_taken -= num
+
+
+class Run:
+    """A request in the engine: iterate over its updates, and close it."""
+
+    def __init__(
+        self, service: Service, stream: OutputStream, num: int, note: dict[str, Any]
+    ) -> None:
+        self._service = service
+        self._stream = stream
+        self._num = num
+        self._note = note
+        self._outputs: dict[int, RequestOutput] = {}
+        self._timeline = Timeline(service.metrics, time.perf_counter())
+        timeout_s = service.settings.request_timeout_s
+        now = asyncio.get_running_loop().time()
+        self.deadline = None if timeout_s is None else now + timeout_s
+
+    def __aiter__(self) -> "Run":
+        return self
+
+    async def __anext__(self) -> StepUpdate:
+        """The next update.
+
+        raises  TimeoutError once the time is over; whatever failed the engine's step
+        """
+        async with asyncio.timeout_at(self.deadline):
+            update = await self._stream.__anext__()
+        self._outputs[update.index] = update.output
+        self._timeline.observe(update)
+        return update
+
+    def note_error(self, error: BaseException) -> None:
+        """What went wrong after the status had been sent."""
+        self._note["error"] = repr(error)
+
+    def close(self) -> None:
+        """Give its place back; what still runs is aborted."""
+        if not self._num:
+            return
+        self._stream.close()
+        self._service._leave(self._num)
+        self._num = 0
+        self._note_outcome()
+
+    def _note_outcome(self) -> None:
+        choices = [each for output in self._outputs.values() for each in output.outputs]
+        num_steps = sum(output.stats.num_target_steps for output in self._outputs.values())
+        num_tokens = sum(len(each.token_ids) for each in choices)
+        reasons = {each.finish_reason or "abort" for each in choices} or {"abort"}
+        self._note |= {
+            "completion_tokens": num_tokens,
+            "tokens_per_step": round(num_tokens / num_steps, 2) if num_steps else 0,
+            "finish_reason": ",".join(sorted(reasons)),
+        }
+        self._timeline.close()
