@@ -1,15 +1,20 @@
-"""What the tests of the server share: an app on the bundled pair behind a real socket."""
+"""What the tests of the server share: an app behind a real socket, on the pair or on a script."""
 
+import asyncio
+import copy
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import uvicorn
 
-from specinfer.async_llm import AsyncLLM
+from specinfer.async_llm import AsyncLLM, StepUpdate
+from specinfer.request import CompletionOutput, RequestOutput, RequestStats, SamplingParams
 from specinfer.serve.app import make_app
 from specinfer.serve.settings import ServerSettings
 from specinfer.serve.state import Service
@@ -20,7 +25,9 @@ DRAFTER = "zoo:parley-draft"
 
 def pair(**options: Any) -> AsyncLLM:
     """The bundled pair in float32, where greedy text does not depend on the batch."""
-    return AsyncLLM(MODEL, **{"drafters": [DRAFTER], "dtype": "float32"} | options)
+    return AsyncLLM(
+        MODEL, **{"drafters": [DRAFTER], "dtype": "float32", "max_model_len": 256} | options
+    )
 
 
 @contextmanager
@@ -41,12 +48,95 @@ def serving(service: Service) -> Iterator[str]:
             thread.join()
 
 
-@contextmanager
-def served_pair(settings: ServerSettings | None = None, **options: Any) -> Iterator[str]:
-    """The bundled pair, served."""
-    llm = pair(**options)
-    try:
-        with serving(Service(llm, settings or ServerSettings(), MODEL)) as url:
-            yield url
-    finally:
-        llm.close()
+def post(url: str, path: str, body: Any, **options: Any) -> httpx.Response:
+    """One request, not kept alive."""
+    return httpx.post(url + path, json=body, timeout=60, **options)
+
+
+def until(condition: Any, timeout_s: float = 10) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.005)
+
+
+class Scripted:
+    """An `AsyncLLM` whose model says what the test says, piece by piece.
+
+    pieces    of every continuation's text
+    logprobs  one entry per piece, where they are asked for
+    """
+
+    def __init__(self, llm: AsyncLLM, template: str | None = None) -> None:
+        self.llm = llm.llm
+        self.tokenizer = copy.copy(llm.tokenizer)
+        self.tokenizer._compiled = {}
+        if template is not None:
+            self.tokenizer.chat_templates = {"default": template}
+        self.pieces: Sequence[str] = ("Hello", " there")
+        self.logprobs: Sequence[Any] | None = None
+        self.prompt_logprobs: Sequence[Any] | None = None
+        self.finish_reason = "stop"
+        self.asked: list[tuple[Sequence[int], SamplingParams]] = []
+        self.is_alive = True
+
+    @property
+    def prompt(self) -> str:
+        """The text of the last prompt."""
+        return self.tokenizer.decode(self.asked[-1][0], skip_special_tokens=False)
+
+    def submit(self, prompts: Sequence[tuple[Any, SamplingParams]], request_id: str) -> Any:
+        self.asked += prompts
+        updates = [
+            self._update(index, *prompts[index], count)
+            for count in range(1, len(self.pieces) + 1)
+            for index in range(len(prompts))
+        ]
+        return _Stream(updates)
+
+    def _update(
+        self, index: int, prompt: Sequence[int], params: SamplingParams, count: int
+    ) -> StepUpdate:
+        is_last = count == len(self.pieces)
+        outputs = []
+        for sample in range(params.n):
+            output = CompletionOutput(
+                sample, "".join(self.pieces[:count]), list(range(5, 5 + count))
+            )
+            output.logprobs = None if self.logprobs is None else list(self.logprobs[:count])  # type: ignore[assignment]
+            if is_last:
+                output.finish_reason = self.finish_reason  # type: ignore[assignment]
+            outputs.append(output)
+        stats = RequestStats(num_output_tokens=count * params.n, num_target_steps=count)
+        whole = RequestOutput("r", None, list(prompt), outputs, is_last, stats)
+        whole.prompt_logprobs = self.prompt_logprobs  # type: ignore[assignment]
+        return StepUpdate(index, whole, time.perf_counter(), time.perf_counter())
+
+
+class _Stream:
+    def __init__(self, updates: Sequence[StepUpdate]) -> None:
+        self._updates = iter(updates)
+
+    async def accepted(self) -> None:
+        await asyncio.sleep(0)
+
+    async def __anext__(self) -> StepUpdate:
+        await asyncio.sleep(0)
+        try:
+            return next(self._updates)
+        except StopIteration:
+            raise StopAsyncIteration from None
+
+    def close(self) -> None:
+        self._updates = iter(())
+
+
+def entry(logprob: float, rank: int, text: str) -> Any:
+    """A token's log-probability, as the engine gives it."""
+    return SimpleNamespace(logprob=logprob, rank=rank, decoded_token=text)
+
+
+def service_of(llm: Any, **settings: Any) -> Service:
+    """A service of the pair's name."""
+    return Service(llm, ServerSettings(**settings), MODEL)

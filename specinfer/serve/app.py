@@ -13,7 +13,7 @@ from specinfer import __version__
 from specinfer.errors import SpecInferError
 from specinfer.serve.chat import create_chat_completion
 from specinfer.serve.completions import create_completion
-from specinfer.serve.errors import ApiError, as_api_error
+from specinfer.serve.errors import ApiError, as_api_error, describe_problems
 from specinfer.serve.middleware import Surroundings
 from specinfer.serve.schema import (
     ChatRequest,
@@ -130,26 +130,22 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    told = as_api_error(error)
-    return JSONResponse(told.body, told.status, told.headers)
+    return _tell(request, as_api_error(error))
 
 
 async def _refuse_http(request: Request, error: Exception) -> Response:
     """What the framework refuses itself: no such path, no such method, no JSON at all."""
     assert isinstance(error, HTTPException)
-    told = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-    return JSONResponse(told.body, told.status, error.headers)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return _tell(request, ApiError(error.status_code, message, headers=error.headers))
 
 
 async def _refuse_body(request: Request, error: Exception) -> Response:
-    """A body that does not fit its model, told by its first problem."""
+    """A body that does not fit its model."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(place) or None
-    if first["type"] == "extra_forbidden":
-        message, code = f"unknown parameter: {param}", "unknown_parameter"
-    else:
-        message, code = f"{param or 'the body'}: {first['msg']}", "invalid_value"
-    told = ApiError(400, message, code=code, param=param)
-    return JSONResponse(told.body, told.status)
+    return _tell(request, describe_problems(error.errors(), error.body))
+
+
+def _tell(request: Request, error: ApiError) -> Response:
+    request.state.note["error"] = error.code or error.status
+    return JSONResponse(error.body, error.status, error.headers)

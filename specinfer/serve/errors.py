@@ -1,10 +1,20 @@
 """What goes wrong, as OpenAI's clients expect to be told: a status and one JSON object."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specinfer.errors import CapacityError, ConfigError, DependencyError, RequestError
+
+UNSUPPORTED: Mapping[str, Any] = {
+    "best_of": 1,
+    "suffix": "",
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "spaces_between_special_tokens": True,
+    "modalities": ["text"],
+}
+"""Fields of other servers, and the value that asks for what happens anyway: that one is taken."""
 
 _TYPES = {
     401: "authentication_error",
@@ -70,3 +80,39 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(
         500, "the engine failed while it served this request; try again", code="engine_error"
     )
+
+
+def describe_problems(problems: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
+    """What is wrong with a body.
+
+    problems  pydantic's: type, place and message each. Where several types were tried, the one that
+              got furthest into the body is the one that was meant.
+    """
+    paths = [_path(problem, body) for problem in problems]
+    path = max(paths, key=len)
+    problem, param = problems[paths.index(path)], "".join(path).removeprefix(".") or None
+    kind = problem["type"]
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {problem['ctx']['error']}", code="invalid_json")
+    if kind == "extra_forbidden" and problem["loc"][-1] in UNSUPPORTED:
+        message = f"{param} is not supported: leave it out"
+        return ApiError(400, message, code="unsupported_parameter", param=param)
+    if kind == "extra_forbidden":
+        message = f"unknown parameter: {param}"
+        return ApiError(400, message, code="unknown_parameter", param=param)
+    message = f"{param or 'the body'}: {problem['msg']}"
+    return ApiError(400, message, code="invalid_value", param=param)
+
+
+def _path(problem: Mapping[str, Any], value: Any) -> list[str]:
+    """Where in the body the problem is, without the names of the types that were tried there."""
+    path = []
+    for part in problem["loc"]:
+        is_there = (isinstance(value, Mapping) and part in value) or (
+            isinstance(value, list) and isinstance(part, int) and part < len(value)
+        )
+        is_missing = problem["type"] == "missing" and part == problem["loc"][-1]
+        if is_there or (is_missing and part != "body"):
+            path.append(f"[{part}]" if isinstance(part, int) else f".{part}")
+            value = value[part] if is_there else None
+    return path

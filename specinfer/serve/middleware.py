@@ -43,6 +43,7 @@ class Surroundings:
         state["request_id"] = request_id = _request_id(Headers(scope=scope))
         state["note"] = note
         start, status = time.perf_counter(), 0
+        body = _LimitedBody(receive, self._settings.max_body_bytes)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -51,9 +52,15 @@ class Surroundings:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
+        async def send_unless_too_large(message: Message) -> None:
+            if not body.is_too_large:  # else: what was made of the part of it that was read
+                await send_with_id(message)
+
         try:
             self._check(scope)
-            await self._app(scope, self._limited(receive), send_with_id)
+            await self._app(scope, body.receive, send_unless_too_large)
+            if body.is_too_large and status == 0:
+                raise _too_large(body.limit)
         except Exception as error:
             refusal = as_api_error(error)
             if refusal.status == 500:
@@ -79,31 +86,40 @@ class Surroundings:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > self._settings.max_body_bytes:
-            raise self._too_large()
+        length, limit = headers.get("content-length", ""), self._settings.max_body_bytes
+        if length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
 
-    def _limited(self, receive: Receive) -> Receive:
-        """A body may be sent without saying how long it is."""
-        num_bytes = 0
 
-        async def receive_limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._settings.max_body_bytes:
-                raise self._too_large()
-            return message
+class _LimitedBody:
+    """A body that may be sent without saying how long it is."""
 
-        return receive_limited
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self.limit = limit
+        self.is_too_large = False
+        self._receive = receive
+        self._num_bytes = 0
 
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413,
-            f"the body is larger than {self._settings.max_body_bytes} bytes (max_body_bytes)",
-            code="request_too_large",
-            headers={"Connection": "close"},
-        )
+    async def receive(self) -> Message:
+        """The next message.
+
+        raises  ApiError once it is too large
+        """
+        message = await self._receive()
+        self._num_bytes += len(message.get("body", b""))
+        if self._num_bytes > self.limit:
+            self.is_too_large = True
+            raise _too_large(self.limit)
+        return message
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(
+        413,
+        f"the body is larger than {limit} bytes (max_body_bytes)",
+        code="request_too_large",
+        headers={"Connection": "close"},
+    )
 
 
 def _request_id(headers: Headers) -> str:

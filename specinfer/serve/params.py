@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from specinfer.errors import RequestError
 from specinfer.llm import LLM
 from specinfer.request import SamplingParams
 from specinfer.serve.errors import ApiError
@@ -83,19 +82,19 @@ def check_room(llm: LLM, num_prompt: int, params: SamplingParams, limit: int | N
     """Refuse what the context cannot hold, instead of cutting it short.
 
     limit   tokens a prompt may have; None: what the context holds
-    raises  RequestError
+    raises  ApiError
     """
     if limit is not None and num_prompt > limit:
-        raise RequestError(
-            f"prompt has {num_prompt} tokens and the server takes {limit}: shorten it"
-        )
+        message = f"the prompt has {num_prompt} tokens and the server takes {limit}: shorten it"
+        raise ApiError(400, message, code="context_length_exceeded")
     context = llm.engine.max_model_len
     wanted = params.max_tokens or 1
     if num_prompt + wanted > context:
-        raise RequestError(
+        message = (
             f"the prompt has {num_prompt} tokens and {wanted} more are asked for, and the context "
             f"holds {context} (max_model_len): shorten the prompt or lower max_tokens"
         )
+        raise ApiError(400, message, code="context_length_exceeded")
 
 
 def _common_fields(body: SamplingBody) -> dict[str, Any]:

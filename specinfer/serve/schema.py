@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from specinfer.config import Control, Draw, VerifierName
+from specinfer.serve.errors import UNSUPPORTED
 
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 20
@@ -16,16 +17,6 @@ MAX_LOGPROBS = 20
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenIds = list[Annotated[int, Field(ge=0, lt=1 << 31)]]
 Json = dict[str, Any]
-
-_NEUTRAL: dict[str, Any] = {
-    "best_of": 1,
-    "suffix": "",
-    "use_beam_search": False,
-    "length_penalty": 1.0,
-    "spaces_between_special_tokens": True,
-    "modalities": ["text"],
-}
-"""Fields of other servers that are taken where they ask for what happens anyway."""
 
 
 class Body(BaseModel):
@@ -41,7 +32,7 @@ class Body(BaseModel):
         return {
             name: value
             for name, value in body.items()
-            if value is not None and (name in cls.model_fields or value != _NEUTRAL.get(name))
+            if value is not None and (name in cls.model_fields or value != UNSUPPORTED.get(name))
         }
 
 

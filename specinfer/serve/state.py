@@ -172,13 +172,14 @@ class Run:
         self._stream.close()
         self._service._leave(self._num)
         self._num = 0
-        self._note_outcome()
+        if self._outputs:
+            self._note_outcome()
 
     def _note_outcome(self) -> None:
         choices = [each for output in self._outputs.values() for each in output.outputs]
         num_steps = sum(output.stats.num_target_steps for output in self._outputs.values())
         num_tokens = sum(len(each.token_ids) for each in choices)
-        reasons = {each.finish_reason or "abort" for each in choices} or {"abort"}
+        reasons = {each.finish_reason or "abort" for each in choices}
         self._note |= {
             "completion_tokens": num_tokens,
             "tokens_per_step": round(num_tokens / num_steps, 2) if num_steps else 0,

@@ -3,7 +3,6 @@
 import asyncio
 from typing import Any
 
-from specinfer.errors import RequestError
 from specinfer.serve.errors import ApiError
 from specinfer.serve.prompts import chat_prompt
 from specinfer.serve.schema import DetokenizeRequest, TokenizeRequest
@@ -41,9 +40,8 @@ async def create_text(service: Service, body: DetokenizeRequest) -> dict[str, An
     vocab_size = service.llm.llm.engine.target.vocab_size
     for token in body.tokens:
         if token >= vocab_size:
-            raise RequestError(
-                f"tokens has id {token} and the model's ids are 0 to {vocab_size - 1}"
-            )
+            message = f"tokens has id {token} and the model's ids are 0 to {vocab_size - 1}"
+            raise ApiError(400, message, code="invalid_value", param="tokens")
     text = await asyncio.to_thread(
         service.llm.tokenizer.decode, body.tokens, skip_special_tokens=False
     )
