@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from specinfer.config import EngineConfig, Speculation
+from specinfer.config import EngineConfig, SchedulingPolicy, Speculation
 from specinfer.draft.calibration import Calibration
 from specinfer.engine.build import build_engine
 from specinfer.engine.engine import Engine
@@ -32,7 +32,6 @@ _UNBUILT: dict[str, Any] = {
     "pipeline_parallel_size": 1,
     "executor": "local",
     "offload": None,
-    "enable_prefix_caching": False,
     "lora": None,
     "compile": False,
 }
@@ -84,8 +83,12 @@ class LLM:
         device: str = "auto",
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 2048,
+        chunked_prefill_size: int = 512,
         max_model_len: int | None = None,
-        kv_cache_memory: int | None = None,
+        kv_cache_memory: int | str | None = None,
+        kv_cache_memory_fraction: float | None = None,
+        enable_prefix_caching: bool = True,
+        scheduling_policy: SchedulingPolicy = "fcfs",
         block_size: int = 16,
         seed: int = 0,
         calibration: str | Path | None = None,
@@ -109,8 +112,12 @@ class LLM:
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            chunked_prefill_size=chunked_prefill_size,
             max_model_len=max_model_len,
             kv_cache_memory=kv_cache_memory,
+            kv_cache_memory_fraction=kv_cache_memory_fraction,
+            enable_prefix_caching=enable_prefix_caching,
+            scheduling_policy=scheduling_policy,
             block_size=block_size,
             seed=seed,
         )

@@ -21,8 +21,9 @@ UNBUILT_FIELDS = (
     "structured_outputs",
     "bad_words",
     "allowed_token_ids",
-    "priority",
 )
+
+_MAX_PRIORITY = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,9 @@ class SamplingParams:
     speculation      this request's own, such as {"tree": "off"}; None: the engine's
     target_tpot_s    a goal for the time per output token after the first, in seconds: a sequence
                      that is late is given more of the step's drafting
+    priority         lower is served earlier, with scheduling_policy="priority" alone
+    cache_salt       requests share K and V of equal beginnings only where their salts are equal: a
+                     secret keeps others from telling by the time what was asked before
     skip_special_tokens         leave special tokens out of the text
     include_stop_str_in_output  keep the stop string in the text
 
@@ -77,6 +81,7 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
     priority: int = 0
+    cache_salt: str | None = None
     prediction: str | Sequence[int] | None = None
     speculation: Speculation | Mapping[str, Any] | None = None
     target_tpot_s: float | None = None
@@ -107,7 +112,10 @@ class SamplingParams:
             )
 
     def _check_types(self) -> None:
-        for name, least in (("n", 1), ("top_k", -1), ("min_tokens", 0)):
+        for name, least in (
+            *(("n", 1), ("top_k", -1), ("min_tokens", 0)),
+            ("priority", -_MAX_PRIORITY),
+        ):
             check_integer(name, getattr(self, name), least=least)
         for name, least in (("max_tokens", 1), ("seed", 0)):
             if getattr(self, name) is not None:
@@ -116,6 +124,10 @@ class SamplingParams:
             value = getattr(self, name)
             if not is_number(value) and (value is not None or name != "target_tpot_s"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")
+        if self.priority > _MAX_PRIORITY:
+            raise ConfigError(f"priority={self.priority} must be at most {_MAX_PRIORITY}")
+        if not isinstance(self.cache_salt, str | None) or self.cache_salt == "":
+            raise ConfigError(f"cache_salt={self.cache_salt!r} must be a string that is not empty")
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         if not isinstance(stops, Iterable) or not all(isinstance(stop, str) for stop in stops):
             raise ConfigError(f"stop={self.stop!r} must be a string or a list of strings")
@@ -166,6 +178,8 @@ class RequestStats:
     num_accepted        drafted tokens that were emitted
     accepted_by_depth   entry d - 1: how many were accepted at depth d
     accepted_by_source  per drafter's name, how many of the accepted it was the first to propose
+    num_cached_tokens   prompt tokens whose K and V were there already; of several samples the most
+    num_preemptions     times it gave its pages up and was computed again
     tpot_s              seconds per output token after the first; of several samples the slowest
     """
 
@@ -175,6 +189,8 @@ class RequestStats:
     num_accepted: int = 0
     accepted_by_depth: list[int] = field(default_factory=list)
     accepted_by_source: dict[str, int] = field(default_factory=dict)
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
     tpot_s: float = 0.0
 
     @property
@@ -188,6 +204,8 @@ class RequestStats:
         self.num_target_steps += other.num_target_steps
         self.num_drafted += other.num_drafted
         self.num_accepted += other.num_accepted
+        self.num_cached_tokens = max(self.num_cached_tokens, other.num_cached_tokens)
+        self.num_preemptions += other.num_preemptions
         self.tpot_s = max(self.tpot_s, other.tpot_s)
         missing = len(other.accepted_by_depth) - len(self.accepted_by_depth)
         self.accepted_by_depth.extend([0] * missing)

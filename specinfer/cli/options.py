@@ -64,9 +64,10 @@ _GROUPS: tuple[tuple[str, type], ...] = (
     ("Speculation", Speculation),
     ("Engine", EngineConfig),
 )
-_FLAG_TYPES: dict[str, Any] = {"prediction": str}
-_NO_FLAGS = ("speculation",)
-"""A request's own speculation: on the command line there is one request, and flags of its parts."""
+_FLAG_TYPES: dict[str, Any] = {"prediction": str, "kv_cache_memory": str}
+_NO_FLAGS = ("speculation", "cache_salt")
+"""Not on the command line, where there is one caller: a request's own speculation has flags of its
+parts, and there is nobody to keep a secret from."""
 
 _RENAMED: dict[tuple[type, str], str] = {(EngineConfig, "seed"): "engine_seed"}
 

@@ -37,7 +37,12 @@ class EngineStats:
     num_steps          steps that computed something
     num_target_tokens  tokens the target computed: prompt chunks, roots and drafted nodes
     num_output_tokens  tokens emitted
+    num_preemptions    times a running sequence gave its pages up and was computed again
+    num_prefix_queries prompt tokens of admitted sequences, and num_prefix_hits of them whose K and
+                       V were there already
     num_goals          requests that ended with a latency goal, and num_goals_met of them in time
+    num_running, num_waiting      sequences, now
+    num_blocks, num_blocks_used   blocks of the cache, and those that somebody refers to, now
     passes             the drafters' passes of the last step
     seconds            per part of a step; a part inside a part counts once, as the inner one
     """
@@ -45,8 +50,15 @@ class EngineStats:
     num_steps: int = 0
     num_target_tokens: int = 0
     num_output_tokens: int = 0
+    num_preemptions: int = 0
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
     num_goals: int = 0
     num_goals_met: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_blocks_used: int = 0
     passes: list[Pass] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     _nested_s: float = 0.0
@@ -66,6 +78,7 @@ class EngineStats:
     def reset(self) -> None:
         """Start counting again."""
         self.num_steps = self.num_target_tokens = self.num_output_tokens = 0
+        self.num_preemptions = self.num_prefix_queries = self.num_prefix_hits = 0
         self.num_goals = self.num_goals_met = 0
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
