@@ -89,7 +89,7 @@ class Comparison:
 
 def plain_logits(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
     """[tokens, vocab] float32: one plain pass over a whole sequence, with pages of its own."""
-    pages = Pages(tuple(range(len(tokens))), 1, 0)
+    pages = Pages(range(len(tokens)), 1)
     span = Span(tokens, range(len(tokens)), pages, 0, 0, None, len(tokens))
     return Runner(decoder, len(tokens)).run([span])
 
@@ -153,7 +153,7 @@ def kernel_error(decoder: Decoder, texts: Sequence[Sequence[int]], tree: str) ->
                 for node in level
                 for token in [known, *rng.integers(0, vocab, width - 1).tolist()]
             ]
-        pages = Pages(tuple(range(root + len(token_tree))), 1, 0)
+        pages = Pages(range(root + len(token_tree)), 1)
         runner = Runner(decoder, root + len(token_tree))
         for position in range(root):  # one token at a time, as plain decoding does
             chain = [position]

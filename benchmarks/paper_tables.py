@@ -54,7 +54,7 @@ def count_ranks(inputs: Inputs, source: str, num_prompts: int, temperature: floa
 
 def _ranks(drafter: Decoder, text: Sequence[int], start: int) -> np.ndarray:
     """How many tokens the drafter finds likelier than each of the text's, from `start` on."""
-    pages = Pages(tuple(range(len(text))), 1, 0)
+    pages = Pages(range(len(text)), 1)
     span = Span(text, range(len(text)), pages, 0, 0, None, len(text))
     logits = Runner(drafter, len(text)).run([span])[start - 1 : -1]
     own = logits.gather(-1, torch.tensor(text[start:])[:, None])
@@ -99,7 +99,7 @@ def tree_laws(
     known  the tokens so far; the last one is the root
     """
     root = len(known) - 1
-    pages = Pages(tuple(range(root + len(tree))), 1, 0)
+    pages = Pages(range(root + len(tree)), 1)
     runner = Runner(target, root + len(tree))
     if root:
         runner.run([Span(known[:root], range(root), pages, 0, 0, None, 1)])

@@ -20,6 +20,8 @@ VerifierName = Literal["auto", "match", "topdown", "traversal", "kseq", "gbv"]
 
 Control = Literal["auto", "gammatune", "smartspec"]
 
+SchedulingPolicy = Literal["fcfs", "priority", "predicted"]
+
 IID_VERIFIERS = ("kseq", "gbv")
 """Exact for slots drawn independently from one law, and for nothing else."""
 
@@ -331,24 +333,83 @@ class EngineConfig:
 
     max_num_seqs            sequences computed in one step; a request has n of them
     max_num_batched_tokens  tokens computed in one step: prompt chunks, roots and drafted nodes
+    chunked_prefill_size    prompt tokens computed in one step while other requests write: how long
+                            a long prompt can hold them up
     max_model_len           prompt + output tokens of one request; None: the model's own limit
-    kv_cache_memory         bytes for pages, the drafters' included; None: enough for max_num_seqs
-                            requests of max_model_len, at most a quarter of the free memory
+    kv_cache_memory         bytes for pages, the drafters' included, as a number or such as "4GiB",
+                            "512M" or "2.5GB"; None: enough for max_num_seqs requests of
+                            max_model_len, at most a quarter of the free memory
+    kv_cache_memory_fraction  the same as a part of the memory that is free once the weights are
+                            read, in (0, 1)
+    enable_prefix_caching   keep the K and V of past texts, and share those of equal beginnings
+    scheduling_policy       who waits is served in the order of arrival ("fcfs"), of priorities
+                            ("priority") or of the output that past ones make likely, the shortest
+                            first ("predicted"); waiting counts in each, so nobody waits for ever
     block_size              tokens per page
     seed                    base of the randomness of unseeded requests
     """
 
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048
+    chunked_prefill_size: int = 512
     max_model_len: int | None = None
-    kv_cache_memory: int | None = None
+    kv_cache_memory: int | str | None = None
+    kv_cache_memory_fraction: float | None = None
+    enable_prefix_caching: bool = True
+    scheduling_policy: SchedulingPolicy = "fcfs"
     block_size: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        limits = ("max_num_seqs", "max_num_batched_tokens", "chunked_prefill_size", "block_size")
+        for name in limits:
             check_integer(name, getattr(self, name), least=1)
-        for name in ("max_model_len", "kv_cache_memory"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), least=1)
+        if self.max_model_len is not None:
+            check_integer("max_model_len", self.max_model_len, least=1)
         check_integer("seed", self.seed, least=0)
+        _ = self.kv_cache_bytes
+        fraction = self.kv_cache_memory_fraction
+        if fraction is not None:
+            if not is_number(fraction) or not 0 < fraction < 1:
+                raise ConfigError(
+                    f"kv_cache_memory_fraction={fraction!r} must be between 0 and 1, such as 0.5"
+                )
+            if self.kv_cache_memory is not None:
+                raise ConfigError(
+                    "kv_cache_memory and kv_cache_memory_fraction both say how much: give one"
+                )
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ConfigError(
+                f"enable_prefix_caching={self.enable_prefix_caching!r} must be True or False"
+            )
+        if self.scheduling_policy not in get_args(SchedulingPolicy):
+            raise ConfigError(
+                f"scheduling_policy={self.scheduling_policy!r}: use one of "
+                f"{', '.join(get_args(SchedulingPolicy))}"
+            )
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        """`kv_cache_memory` as a number.
+
+        raises  ConfigError where it is none
+        """
+        given = self.kv_cache_memory
+        if isinstance(given, str):
+            given = parse_bytes("kv_cache_memory", given)
+        if given is not None:
+            check_integer("kv_cache_memory", given, least=1)
+        return given
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """Read a size: a number, and a unit of powers of 1024 (K, KiB, M …) or of 1000 (kB, MB …).
+
+    raises  ConfigError
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(iB|B)?)?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise ConfigError(f'{name}={text!r} is no size: give bytes, or such as "4GiB" or "512M"')
+    number, unit, suffix = found.groups()
+    power = 0 if unit is None else 1 + "KMGT".index(unit.upper())
+    return int(float(number) * (1000 if suffix in ("B", "b") else 1024) ** power)

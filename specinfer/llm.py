@@ -7,20 +7,19 @@ Prompts given together share every step.
 """
 
 import operator
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from specinfer.config import EngineConfig, Speculation
+from specinfer.config import EngineConfig, SchedulingPolicy, Speculation
 from specinfer.draft.calibration import Calibration
 from specinfer.engine.build import build_engine
 from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence as EngineSequence
 from specinfer.errors import ConfigError, RequestError
 from specinfer.progress import count_tokens, show_loading, show_measuring
-from specinfer.request import UNBUILT_FIELDS, RequestOutput, RequestStats, SamplingParams
+from specinfer.request import RequestOutput, RequestStats, SamplingParams
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -32,7 +31,6 @@ _UNBUILT: dict[str, Any] = {
     "pipeline_parallel_size": 1,
     "executor": "local",
     "offload": None,
-    "enable_prefix_caching": False,
     "lora": None,
     "compile": False,
 }
@@ -92,8 +90,12 @@ class LLM:
         device: str = "auto",
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 2048,
+        chunked_prefill_size: int = 512,
         max_model_len: int | None = None,
-        kv_cache_memory: int | None = None,
+        kv_cache_memory: int | str | None = None,
+        kv_cache_memory_fraction: float | None = None,
+        enable_prefix_caching: bool = True,
+        scheduling_policy: SchedulingPolicy = "fcfs",
         block_size: int = 16,
         seed: int = 0,
         calibration: str | Path | None = None,
@@ -117,8 +119,12 @@ class LLM:
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            chunked_prefill_size=chunked_prefill_size,
             max_model_len=max_model_len,
             kv_cache_memory=kv_cache_memory,
+            kv_cache_memory_fraction=kv_cache_memory_fraction,
+            enable_prefix_caching=enable_prefix_caching,
+            scheduling_policy=scheduling_policy,
             block_size=block_size,
             seed=seed,
         )
@@ -155,14 +161,6 @@ class LLM:
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the model's generation_config.json asks for, with changes."""
         defaults = dict(self.tokenizer.generation_defaults)
-        for name in UNBUILT_FIELDS:
-            neutral = SamplingParams.__dataclass_fields__[name].default
-            if defaults.pop(name, neutral) != neutral and name not in changes:
-                warnings.warn(
-                    f"the model's generation_config.json sets {name}, which is not built yet: "
-                    "sampling without it",
-                    stacklevel=2,
-                )
         return SamplingParams(**(defaults | changes))
 
     def generate(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from specinfer.config import Speculation, check_integer, is_number, read_speculation
@@ -15,12 +15,12 @@ from specinfer.structured import (
 
 FinishReason = Literal["stop", "length", "abort"]
 
-UNBUILT_FIELDS = ("priority",)
-
 _NUMBERS = (
     *("temperature", "top_p", "min_p", "target_tpot_s"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
+
+_MAX_PRIORITY = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +44,9 @@ class SamplingParams:
     speculation      this request's own, such as {"tree": "off"}; None: the engine's
     target_tpot_s    a goal for the time per output token after the first, in seconds: a sequence
                      that is late is given more of the step's drafting
+    priority         lower is served earlier, with scheduling_policy="priority" alone
+    cache_salt       requests share K and V of equal beginnings only where their salts are equal: a
+                     secret keeps others from telling by the time what was asked before
     include_tree     each step's token tree comes back, too (`RequestOutput.trees`)
     skip_special_tokens         leave special tokens out of the text
     include_stop_str_in_output  keep the stop string in the text
@@ -66,7 +69,7 @@ class SamplingParams:
     min_tokens; penalties; temperature; min_p; top_k; top_p. Of the first three and min_tokens, one
     that would leave no token to come is left out there: structured output goes before all others.
     Each is a function of prompt, output and nothing else, so trees change nothing.
-    raises  ConfigError for a value out of range, or for a field that is not built yet
+    raises  ConfigError for a value out of range
     """
 
     n: int = 1
@@ -93,15 +96,13 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
     priority: int = 0
+    cache_salt: str | None = None
     prediction: str | Sequence[int] | None = None
     speculation: Speculation | Mapping[str, Any] | None = None
     target_tpot_s: float | None = None
     include_tree: bool = False
 
     def __post_init__(self) -> None:
-        for name in UNBUILT_FIELDS:
-            if getattr(self, name) != _DEFAULTS[name]:
-                raise ConfigError(f"{name} is not built yet: leave it out")
         self._check_types()
         _ = self.own_speculation, self.structure
         requirements = (
@@ -133,7 +134,10 @@ class SamplingParams:
             )
 
     def _check_types(self) -> None:
-        for name, least in (("n", 1), ("top_k", -1), ("min_tokens", 0)):
+        for name, least in (
+            *(("n", 1), ("top_k", -1), ("min_tokens", 0)),
+            ("priority", -_MAX_PRIORITY),
+        ):
             check_integer(name, getattr(self, name), least=least)
         for name, least in (("max_tokens", 1), ("seed", 0)):
             if getattr(self, name) is not None:
@@ -145,6 +149,10 @@ class SamplingParams:
             value = getattr(self, name)
             if not is_number(value) and (value is not None or name != "target_tpot_s"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")
+        if self.priority > _MAX_PRIORITY:
+            raise ConfigError(f"priority={self.priority} must be at most {_MAX_PRIORITY}")
+        if not isinstance(self.cache_salt, str | None) or self.cache_salt == "":
+            raise ConfigError(f"cache_salt={self.cache_salt!r} must be a string that is not empty")
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         if not _is_list_of(str, stops):
             raise ConfigError(f"stop={self.stop!r} must be a string or a list of strings")
@@ -208,9 +216,6 @@ class SamplingParams:
         return self.temperature < 1e-5 or self.top_k == 1
 
 
-_DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}
-
-
 def _is_list_of(kind: type, values: Any) -> bool:
     return isinstance(values, Iterable) and all(isinstance(each, kind) for each in values)
 
@@ -244,6 +249,8 @@ class RequestStats:
     accepted_by_source  per drafter's name, how many of the accepted it was the first to propose
     num_predicted       tokens of the request's `prediction`, and num_predicted_accepted of the
                         accepted tokens that it proposed, the first to do so or not
+    num_cached_tokens   prompt tokens whose K and V were there already; of several samples the most
+    num_preemptions     times it gave its pages up and was computed again
     tpot_s              seconds per output token after the first; of several samples the slowest
     """
 
@@ -256,6 +263,8 @@ class RequestStats:
     accepted_by_source: dict[str, int] = field(default_factory=dict)
     num_predicted: int = 0
     num_predicted_accepted: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
     tpot_s: float = 0.0
 
     @property
@@ -289,6 +298,8 @@ class RequestStats:
         self.num_accepted += other.num_accepted
         self.num_predicted += other.num_predicted
         self.num_predicted_accepted += other.num_predicted_accepted
+        self.num_cached_tokens = max(self.num_cached_tokens, other.num_cached_tokens)
+        self.num_preemptions += other.num_preemptions
         self.tpot_s = max(self.tpot_s, other.tpot_s)
         missing = len(other.accepted_by_depth) - len(self.accepted_by_depth)
         self.accepted_by_depth.extend([0] * missing)

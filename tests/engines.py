@@ -89,13 +89,13 @@ def model_drafter(decoder: Decoder, engine_slots: int, **changes: Any) -> ModelD
 
 def run_pages(num_tokens: int) -> Pages:
     """Pages that are one run from slot 0."""
-    return Pages(tuple(range(num_tokens)), 1, 0)
+    return Pages(range(num_tokens), 1)
 
 
 def scattered_pages(num_tokens: int, block_size: int, num_slots: int, seed: int = 0) -> Pages:
     """Pages whose blocks lie anywhere."""
     blocks = np.random.default_rng(seed).permutation(num_slots // block_size)
-    return Pages(tuple(blocks[: -(-num_tokens // block_size)].tolist()), block_size, None)
+    return Pages(blocks[: -(-num_tokens // block_size)].tolist(), block_size)
 
 
 def chain(tokens: Sequence[int], pages: Pages, start: int = 0, num_logits: int = 1) -> Span:

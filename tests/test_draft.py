@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from specinfer.cache.blocks import BlockAllocator, Pages
 from specinfer.draft.base import Draft
 from specinfer.draft.model import ModelDrafter
 from specinfer.models.decoder import Decoder
@@ -55,7 +56,7 @@ class Session:
         everything = scattered_pages(NUM_SLOTS * len(lengths), 4, NUM_SLOTS * len(lengths))
         share = NUM_SLOTS // 4
         self.pages = [
-            type(everything)(everything.blocks[n * share : (n + 1) * share], 4, None)
+            type(everything)(everything.blocks[n * share : (n + 1) * share], 4)
             for n in range(len(lengths))
         ]
 
@@ -200,3 +201,98 @@ def test_logits_are_cut_or_padded_to_the_targets_vocabulary(vocab_size: int) -> 
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits[:, :61], expected[:, :vocab_size], atol=1e-5, rtol=0)
     assert (logits[:, 61:] == -1e30).all(), "no chance beside others, and a law without them"
+
+
+# --- shared beginnings ----------------------------------------------------------------------------
+
+
+class Sharing:
+    """Requests of one drafter whose pages share published blocks of 4 tokens."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.runner = Recorder(decoder, 160)
+        self.drafter = ModelDrafter("toy", self.runner, vocab_size=VOCAB, max_tokens=100)
+        self.allocator = BlockAllocator(40, 4)
+
+    def pages(self, tokens: list[int]) -> Pages:
+        """As the scheduler gives and publishes them."""
+        hashes: list[bytes] = []
+        self.allocator.hash_blocks(hashes, tokens, len(tokens) - 1)
+        pages = self.allocator.allocate(len(tokens) + 8, self.allocator.find(hashes))
+        assert pages is not None
+        self.allocator.publish(pages, hashes)
+        return pages
+
+    def expand(self, key: int, tokens: list[int], pages: Pages) -> int:
+        """Compare with a fresh pass; returns how many tokens were computed."""
+        self.runner.passes.clear()
+        logits = self.drafter.expand([(Draft(key, tokens, pages, TokenTree(tokens[-1])), [0])])
+        fresh = fresh_logits(self.decoder, tokens)[-1:]
+        torch.testing.assert_close(logits, fresh, atol=TOLERANCE, rtol=TOLERANCE)
+        return sum(self.runner.passes)
+
+
+def test_what_one_request_computed_another_does_not(decoder: Decoder) -> None:
+    shared = Sharing(decoder)
+    one = list(range(1, 15))
+    two = [*one[:9], 50, 51]
+    first, second = shared.pages(one), shared.pages(two)
+    assert second.blocks[:2] == first.blocks[:2]
+    assert shared.expand(1, one, first) == 14
+    shared.drafter.admit([])
+    assert shared.expand(2, two, second) == 11, "before anything was noted, it computes its own"
+    shared.drafter.drop(1)
+    third = shared.pages(two)
+    assert shared.expand(3, two, third) == 3, "9 and 10 are in no full block"
+    assert shared.expand(4, one, shared.pages(one)) == 2
+
+
+def test_who_falls_behind_takes_what_others_computed_meanwhile(decoder: Decoder) -> None:
+    shared = Sharing(decoder)
+    text = list(range(1, 20))
+    first, second = shared.pages(text), shared.pages(text)
+    assert shared.expand(1, text[:3], first) == 3
+    assert shared.expand(2, text, second) == 19
+    shared.drafter.drop(2)
+    assert shared.expand(1, text, first) == 3, "its own 3 are in the first of 4 whole blocks"
+
+
+def test_blocks_that_hold_another_text_by_now_are_computed_again(decoder: Decoder) -> None:
+    shared = Sharing(decoder)
+    text, other = list(range(1, 14)), list(range(20, 33))
+    pages = shared.pages(text)
+    shared.expand(1, text, pages)
+    shared.drafter.drop(1)
+    shared.allocator.free(pages)
+    held = [shared.pages(other)]
+    while len(held) < 7:
+        held.append(shared.allocator.allocate(20))  # type: ignore[arg-type]
+    for each in held:  # all blocks were somebody's, and the drafter wrote to some
+        shared.allocator.free(each)
+    shared.allocator.reset()
+    pages = shared.pages(text)
+    assert shared.expand(2, text, pages) == 13
+
+
+def test_other_pages_are_begun_anew(decoder: Decoder) -> None:
+    """Who was sent back to wait has other blocks when it runs again."""
+    shared = Sharing(decoder)
+    text = list(range(1, 15))
+    shared.expand(1, text, shared.pages(text[:1] * 14))
+    pages = shared.pages(text)
+    assert shared.expand(1, text, pages) == 14
+    again = shared.pages(text)
+    assert shared.expand(1, text, again) == 2, "what was computed counts, by whatever request"
+
+
+def test_feeding_is_catching_up_without_guessing(decoder: Decoder) -> None:
+    shared = Sharing(decoder)
+    text = list(range(1, 15))
+    pages = shared.pages(text)
+    draft = Draft(1, text, pages, TokenTree(text[-1]))
+    assert shared.drafter.missing(draft) == 14
+    shared.drafter.feed(draft, 5)
+    shared.drafter.feed(draft, 4)
+    assert shared.drafter.missing(draft) == 5
+    assert shared.expand(1, text, pages) == 5

@@ -40,6 +40,7 @@ FLOORS: dict[str, int] = {
 WITHOUT_TORCH = (
     *("errors.py", "config.py", "request.py", "tree.py", "verify.py", "baselines.py"),
     *("cache/blocks.py", "engine/scheduler.py", "engine/times.py", "engine/chains.py"),
+    "engine/lengths.py",
     *("text/stream.py", "text/template.py", "text/tokenizer.py"),
 )
 

@@ -33,8 +33,8 @@ def read(pool: KVPool, slots: slice | np.ndarray) -> torch.Tensor:
 
 
 PAGES = {
-    "one run": Pages((2, 3, 4), 4, 8),
-    "scattered": Pages((5, 0, 3), 4, None),
+    "one run": Pages((2, 3, 4), 4),
+    "scattered": Pages((5, 0, 3), 4),
 }
 
 

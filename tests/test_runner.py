@@ -143,7 +143,7 @@ def test_requests_in_one_batch_do_not_touch_each_other(decoder: Decoder) -> None
     """A prompt chunk, a second chunk, a tree and a lone root share a pass."""
     rng = np.random.default_rng(9)
     runner = Runner(decoder, 4 * 32)
-    pages = [Pages((n,), 32, 32 * n) for n in range(4)]
+    pages = [Pages((n,), 32) for n in range(4)]
     texts = [random_tokens(rng, count) for count in (5, 17, 9, 3)]
     tree = random_tree(rng, 10, texts[2][-1])
     runner.run([chain(texts[i][:n], pages[i]) for i, n in ((1, 11), (2, 8), (3, 2))])

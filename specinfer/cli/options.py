@@ -27,7 +27,7 @@ import typer
 from specinfer.cli.report import check_writable
 from specinfer.config import EngineConfig, Speculation, read_speculative_config
 from specinfer.errors import ConfigError
-from specinfer.request import UNBUILT_FIELDS, SamplingParams
+from specinfer.request import SamplingParams
 
 if TYPE_CHECKING:
     from specinfer.llm import LLM
@@ -70,10 +70,15 @@ _AS_JSON = {
     "structured_outputs": '{"regex": "[0-9]+"}',
     "response_format": '{"type": "json_object"}',
 }
-_FLAG_TYPES: dict[str, Any] = {"prediction": str, **dict.fromkeys(_AS_JSON, str)}
-_NO_FLAGS = ("speculation", "include_tree", "logprobs", "prompt_logprobs")
-"""A request's own speculation: on the command line there is one request, and flags of its parts.
-Trees are drawn by a command of their own. Log-probabilities: the commands show text."""
+_FLAG_TYPES: dict[str, Any] = {
+    "prediction": str,
+    "kv_cache_memory": str,
+    **dict.fromkeys(_AS_JSON, str),
+}
+_NO_FLAGS = ("speculation", "cache_salt", "include_tree", "logprobs", "prompt_logprobs")
+"""Not on the command line, where there is one caller: a request's own speculation has flags of its
+parts, there is nobody to keep a secret from, trees are drawn by a command of their own, and the
+commands show text."""
 
 _RENAMED: dict[tuple[type, str], str] = {(EngineConfig, "seed"): "engine_seed"}
 
@@ -191,8 +196,7 @@ def takes_options(
 
 def shown(group: type) -> list[Field[Any]]:
     """The fields that become flags: those that are built."""
-    hidden = (*UNBUILT_FIELDS, *_NO_FLAGS)
-    return [each for each in fields(group) if each.name not in hidden]
+    return [each for each in fields(group) if each.name not in _NO_FLAGS]
 
 
 def read_help(group: type) -> dict[str, str]:

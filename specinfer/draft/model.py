@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional
 
+from specinfer.cache.blocks import Pages
 from specinfer.draft.base import Draft
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
@@ -18,12 +19,16 @@ _UNKNOWN = -1e30
 class _State:
     """What one request has in this drafter's pages.
 
+    pages         where it has them: who was sent back to wait comes back with others
     num_computed  keys 0 … num_computed - 1 hold committed tokens
+    num_noted     leading blocks whose contents were noted as computed
     keys          this step's expanded nodes: node -> its key index
     ancestors     this step's expanded nodes: node -> region columns it sees, itself included
     """
 
+    pages: Pages
     num_computed: int = 0
+    num_noted: int = 0
     keys: dict[int, int] = field(default_factory=dict)
     ancestors: dict[int, list[int]] = field(default_factory=dict)
 
@@ -33,6 +38,10 @@ class ModelDrafter:
 
     Its own K and V are kept for the part of an accepted path that it computed while drafting; the
     rest of what was committed is fed at the next step, in front of the root.
+
+    A block that the target shares may hold nothing of this drafter yet, since a drafter computes
+    only when it is asked: so it notes which contents it has computed, and takes those as they are.
+    The others it computes where they belong; two that do so at once write the same.
     """
 
     def __init__(self, name: str, runner: Runner, *, vocab_size: int, max_tokens: int) -> None:
@@ -48,16 +57,16 @@ class ModelDrafter:
         self._vocab_size = vocab_size
         self._max_tokens = max_tokens
         self._states: dict[int, _State] = {}
+        self._held: dict[int, int] = {}  # block -> the content of it that is computed
 
     def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Tensor:
         """See `Drafter.expand`."""
         spans = []
         for draft, nodes in frontier:
-            state = self._states.setdefault(draft.key, _State())
             if nodes == [0]:
-                spans.append(self._catch_up(draft, state))
+                spans.append(self._catch_up(draft, self._state(draft)))
             else:
-                spans.append(self._tree_span(draft, state, nodes))
+                spans.append(self._tree_span(draft, self._states[draft.key], nodes))
         self.num_fed = sum(len(span.tokens) for span in spans)
         logits = self._run(spans)
         for draft, nodes in frontier:  # only now: a pass that fails leaves nothing half-known
@@ -68,6 +77,18 @@ class ModelDrafter:
             # No -inf: where all that may follow are tokens unknown here, there is still a law.
             logits = functional.pad(logits, (0, missing), value=_UNKNOWN)
         return logits
+
+    def missing(self, draft: Draft) -> int:
+        """Count the committed tokens that are not computed here."""
+        return len(draft.tokens) - self._state(draft).num_computed
+
+    def feed(self, draft: Draft, count: int) -> None:
+        """Compute the first so many of them, fewer than are missing, and guess nothing."""
+        state = self._state(draft)
+        assert count < len(draft.tokens) - state.num_computed
+        head, _ = _split(self._catch_up(draft, state), count)
+        self._run([head])
+        state.num_computed += count
 
     def admit(self, accepted: list[tuple[Draft, list[int]]]) -> None:
         """See `Drafter.admit`: keep the K and V of the accepted nodes that were expanded."""
@@ -86,7 +107,33 @@ class ModelDrafter:
 
     def drop(self, key: int) -> None:
         """See `Drafter.drop`."""
-        self._states.pop(key, None)
+        state = self._states.pop(key, None)
+        if state is not None:
+            self._note(state)
+
+    def _state(self, draft: Draft) -> _State:
+        """What is computed of a request, by whomever."""
+        state = self._states.get(draft.key)
+        if state is not None:
+            self._note(state)
+        if state is None or state.pages is not draft.pages:
+            state = self._states[draft.key] = _State(draft.pages)
+        size = draft.pages.block_size
+        for index in range(state.num_computed // size, len(draft.pages.contents)):
+            content = draft.pages.contents[index]
+            if not content or self._held.get(draft.pages.blocks[index]) != content:
+                break
+            state.num_computed = (index + 1) * size
+        return state
+
+    def _note(self, state: _State) -> None:
+        """Note the contents that are computed by now. A number that is no more never comes back."""
+        pages = state.pages
+        stop = min(len(pages.contents), state.num_computed // pages.block_size)
+        for index in range(state.num_noted, stop):
+            if pages.contents[index]:
+                self._held[pages.blocks[index]] = pages.contents[index]
+        state.num_noted = max(state.num_noted, stop)
 
     def _catch_up(self, draft: Draft, state: _State) -> Span:
         """Committed tokens this drafter has not computed, the root last and in any case."""

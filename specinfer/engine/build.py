@@ -1,13 +1,11 @@
 """From names and limits to an engine: models loaded, vocabularies compared, pages sized."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from specinfer.cache.blocks import BlockAllocator
-from specinfer.cache.pool import KVPool
 from specinfer.config import EngineConfig, Speculation
 from specinfer.draft.calibration import Calibration
 from specinfer.draft.model import ModelDrafter
@@ -15,10 +13,11 @@ from specinfer.draft.ngram import NgramDrafter
 from specinfer.engine.controller import Controller
 from specinfer.engine.engine import Engine
 from specinfer.engine.measure import Report, measure_models
-from specinfer.errors import CapacityError, ConfigError, ModelError
+from specinfer.engine.memory import CacheNeeds, token_bytes
+from specinfer.errors import ConfigError, ModelError
 from specinfer.models.architecture import Architecture, read_architecture
 from specinfer.models.decoder import Decoder
-from specinfer.models.weights import load_decoder, read_config, resolve_model
+from specinfer.models.weights import load_decoder, read_config, resolve_dtype, resolve_model
 from specinfer.run.runner import Runner
 from specinfer.text.tokenizer import Tokenizer
 
@@ -27,9 +26,6 @@ NGRAM = "ngram"
 
 Progress = Callable[[str, int, int], None]
 """progress(model, bytes read so far, bytes in all)"""
-
-_FREE_SHARE = 4
-"""Without kv_cache_memory, pages take at most one part in this many of the free memory."""
 
 
 def build_engine(
@@ -65,13 +61,21 @@ def build_engine(
             )
     architectures = [read_architecture(read_config(folder)) for folder in folders]
     max_model_len = _resolve_length(config.max_model_len, architectures[0])
-    decoders = [
-        _load(name, folder, dtype, place, progress)
-        for name, folder in zip(names, folders, strict=True)
-    ]
-    allocator = BlockAllocator(
-        _num_blocks(config, decoders, max_model_len, max_nodes, least_nodes), config.block_size
+    dtypes = [resolve_dtype(folder, dtype, place) for folder in folders]
+    needs = CacheNeeds(
+        config,
+        block_bytes=config.block_size * token_bytes(list(zip(architectures, dtypes, strict=True))),
+        most_tokens=max_model_len + max_nodes,
+        least_tokens=max_model_len + least_nodes,
     )
+    num_blocks = needs.num_given()
+    decoders = [
+        _load(name, folder, kind, place, progress)
+        for name, folder, kind in zip(names, folders, dtypes, strict=True)
+    ]
+    if num_blocks is None:  # a part of what is free, and weights are in it
+        num_blocks = needs.num_free(place)
+    allocator = BlockAllocator(num_blocks, config.block_size)
     num_slots = allocator.num_blocks * config.block_size
     runners = [Runner(decoder, num_slots) for decoder in decoders]
     vocab_size = runners[0].vocab_size
@@ -101,7 +105,7 @@ def build_engine(
 
 
 def _load(
-    name: str, folder: Path, dtype: str, device: torch.device, progress: Progress | None
+    name: str, folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None
 ) -> Decoder:
     report = None if progress is None else lambda done, total: progress(name, done, total)
     return load_decoder(folder, dtype=dtype, device=device, progress=report)
@@ -128,49 +132,3 @@ def _resolve_length(asked: int | None, target: Architecture) -> int:
             f"max_model_len={asked} is more than the {built_for} positions the model was built for"
         )
     return asked or built_for
-
-
-def _num_blocks(
-    config: EngineConfig,
-    decoders: Sequence[Decoder],
-    max_model_len: int,
-    max_nodes: int,
-    least_nodes: int,
-) -> int:
-    """As many blocks as the memory allows and max_num_seqs full requests can use.
-
-    max_nodes    a request may draft where there is room; least_nodes there must be room for
-    """
-    block_bytes = config.block_size * sum(
-        KVPool.bytes_per_slot(
-            num_layers=decoder.architecture.num_layers,
-            kv_heads=decoder.architecture.num_kv_heads,
-            head_dim=decoder.architecture.head_dim,
-            dtype=decoder.dtype,
-        )
-        for decoder in decoders
-    )
-    wanted = -(-(max_model_len + max_nodes) // config.block_size) * config.max_num_seqs
-    if config.kv_cache_memory is None:
-        return max(1, min(wanted, _free_memory(decoders[0].device) // _FREE_SHARE // block_bytes))
-    given = config.kv_cache_memory // block_bytes
-    per_request = -(-(max_model_len + least_nodes) // config.block_size)
-    if given < per_request:
-        raise CapacityError(
-            f"kv_cache_memory={config.kv_cache_memory} holds {given * config.block_size} tokens "
-            f"and one request may have {max_model_len} and a tree of {least_nodes} nodes: give at "
-            f"least {per_request * block_bytes} bytes, or lower max_model_len"
-        )
-    return min(wanted, given)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that could be had now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux: all there is, instead of what is free
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -74,17 +74,14 @@ class Engine:
             calibration=calibration or Calibration(),
             measure=measure,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            chunked_prefill_size=config.chunked_prefill_size,
         )
         self.tokenizer = tokenizer
         self.constraints = Constraints(tokenizer, target.vocab_size)
         self.max_model_len = max_model_len
         self.config = config
         self._seed = config.seed
-        self.scheduler = Scheduler(
-            allocator,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-        )
+        self.scheduler = Scheduler(allocator, config, self.stats)
         self._num_added = 0
         self.set_speculation(speculation)
 
@@ -102,15 +99,18 @@ class Engine:
         report  told of each model: steps measured so far, and in all
         """
         assert not self.scheduler.running, "it writes into pages, whoever owns them"
+        self.scheduler.clear()
         self.speculator.measure(report)
 
     def add(self, request_id: str, prompt: ListLike[int], params: SamplingParams) -> list[Sequence]:
         """Queue a request: one sequence per sample.
 
         raises  RequestError if the prompt is empty, leaves no room for a token or has tokens the
-                model does not know; CapacityError if its pages could never be had
+                model does not know, or for a priority that nobody would look at; CapacityError if
+                its pages could never be had
         """
         max_total = self._check(prompt, params)
+        self.scheduler.check_priority(params.priority)
         speculation = params.own_speculation or self.speculation
         prediction = self._encode_prediction(params)
         has_guesses = bool(prediction) or params.structure is not None
@@ -162,9 +162,9 @@ class Engine:
             return self._step()
         except BaseException:
             # What was half-done cannot be told any more: what ran ends here, what waits goes on.
-            for sequence in list(self.scheduler.running):
+            for sequence in self.scheduler.clear():
                 sequence.abort()
-                self._remove(sequence)
+                self._forget(sequence)
             raise
 
     def _step(self) -> list[StepTrace]:
@@ -307,6 +307,9 @@ class Engine:
 
     def _remove(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
         self.speculator.drop(sequence.number)
         self._note_pace(sequence)
 

@@ -222,7 +222,7 @@ class _Scratch:
         return Span(
             tokens=[0] * num_nodes,
             positions=positions.tolist(),
-            pages=Pages(tuple(slots), 1, slots.start),
+            pages=Pages(slots, 1),
             prefix=self._prefix,
             start=self._prefix,
             mask=mask if num_nodes > 1 else None,

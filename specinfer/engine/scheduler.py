@@ -2,17 +2,33 @@
 
 There is no prompt phase: computed tokens chase known tokens, and a sequence whose root alone is
 left may spend further tokens of the step's budget on a tree.
+
+Memory is given as text grows. On admission a sequence gets blocks for what is known of it, shared
+with others as far as its text is published; then a block whenever its root needs one. When none is
+left, trees give way first, then whole sequences, the latest first: they wait again and are
+recomputed, mostly from what was published. The first of them all never gives way, so there is
+always one that gets on.
 """
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from specinfer.cache.blocks import BlockAllocator
-from specinfer.errors import CapacityError
+from specinfer.config import EngineConfig
+from specinfer.engine.lengths import LengthPredictor
+from specinfer.errors import CapacityError, RequestError
 
 if TYPE_CHECKING:
     from specinfer.engine.sequence import Sequence
+    from specinfer.engine.stats import EngineStats
+
+LEVEL_STEPS = 1000
+"""Steps of waiting that are worth one level of priority: so long, and nobody waits for ever."""
+
+_turn = attrgetter("due", "number")
+_rank = attrgetter("priority", "number")
 
 
 @dataclass(slots=True)
@@ -31,23 +47,23 @@ class Job:
 
 
 class Scheduler:
-    """First come, first served.
+    """Who waits, who runs, and what each does in a step.
 
-    Pages are reserved on admission, so a running sequence never waits for memory.
+    waiting  in the order of admission: by `due`, then by arrival
+    running  in no order that matters
     """
 
     def __init__(
-        self,
-        allocator: BlockAllocator,
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
+        self, allocator: BlockAllocator, config: EngineConfig, stats: "EngineStats"
     ) -> None:
-        self._allocator = allocator
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
+        self._lengths = LengthPredictor()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self._allocator = allocator
+        self._config = config
+        self._stats = stats
+        self._clock = 0  # steps so far
+        self._gauge()
 
     @property
     def has_work(self) -> bool:
@@ -65,7 +81,7 @@ class Scheduler:
         return 1 - self._allocator.num_free / self._allocator.num_blocks
 
     def check_fits(self, max_total: int, max_nodes: int) -> None:
-        """Refuse a sequence that could never be admitted.
+        """Refuse a sequence that would not fit if it were alone.
 
         max_total  tokens, prompt included; max_nodes  drafted nodes it may add to a step
 
@@ -80,45 +96,212 @@ class Scheduler:
                 f"{self.num_slots}: raise kv_cache_memory or lower max_tokens"
             )
 
+    def check_priority(self, priority: int) -> None:
+        """Refuse a priority that nobody would look at.
+
+        raises  RequestError
+        """
+        if priority and self._config.scheduling_policy != "priority":
+            raise RequestError(
+                f"priority={priority} needs scheduling_policy='priority' and it is "
+                f"{self._config.scheduling_policy!r}: leave priority out"
+            )
+
     def add(self, sequence: "Sequence") -> None:
         """Queue a sequence."""
         self.check_fits(sequence.max_total, sequence.max_nodes)
-        self.waiting.append(sequence)
+        sequence.arrival = self._clock
+        self._queue(sequence)
+        self._gauge()
 
     def schedule(self) -> list[Job]:
-        """Admit what fits, then share the step's tokens.
+        """Share the step's tokens and blocks.
 
-        Roots come first, then prompt chunks in order of arrival; trees get what is left.
+        Roots come first, then the prompts of those that run, then who waits; trees get what is
+        left. While somebody writes, all prompts of a step together are one chunk.
         """
-        self._admit()
-        budget = self._max_num_batched_tokens
-        decoding = [s for s in self.running if s.num_pending == 1][:budget]
-        budget -= len(decoding)
-        jobs = {id(s): Job(s, 1, True) for s in decoding}
-        for sequence in self.running:
-            if sequence.num_pending > 1 and budget > 0:
-                chunk = min(sequence.num_pending, budget)
-                budget -= chunk
-                jobs[id(sequence)] = Job(sequence, chunk, chunk == sequence.num_pending)
-        for sequence in decoding:
-            jobs[id(sequence)].max_nodes = min(sequence.max_nodes, budget // len(decoding))
-        return [jobs[id(s)] for s in self.running if id(s) in jobs]
+        self._clock += 1
+        num_preemptions = self._stats.num_preemptions
+        jobs = [Job(each, 1, True) for each in self._secure_roots()]
+        budget = self._config.max_num_batched_tokens - len(jobs)
+        chunk = min(budget, self._config.chunked_prefill_size) if jobs else budget
+        left = chunk
+        for sequence in sorted((s for s in self.running if s.num_pending > 1), key=_turn):
+            left -= self._compute(sequence, left, jobs)
+        if num_preemptions == self._stats.num_preemptions:
+            self._look_again()
+            while left > 0 and (admitted := self._admit()) is not None:
+                left -= self._compute(admitted, left, jobs)
+        writing = [job for job in jobs if job.sequence.num_pending == 1]
+        self._give_nodes(writing, budget + left - chunk)
+        self._gauge()
+        return jobs
 
     def remove(self, sequence: "Sequence") -> None:
         """Take an ended sequence out and free its pages."""
         if sequence.pages is None:
             self.waiting.remove(sequence)
-            return
+        else:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+        if sequence.is_served:
+            self._lengths.learn(sequence.num_prompt, sequence.num_output)
+        self._gauge()
+
+    def clear(self) -> list["Sequence"]:
+        """Take out all that run, and forget every text in the pages; returns who ran.
+
+        For what cannot be told any more: a step that failed may have left anything there.
+        """
+        ran, self.running = self.running, []
+        for sequence in ran:
+            sequence.pages = None
+        self._allocator.reset()
+        self._gauge()
+        return ran
+
+    def _gauge(self) -> None:
+        self._stats.num_waiting = len(self.waiting)
+        self._stats.num_running = len(self.running)
+        self._stats.num_blocks = self._allocator.num_blocks
+        self._stats.num_blocks_used = self._allocator.num_blocks - self._allocator.num_free
+
+    # --- who has a place --------------------------------------------------------------------------
+
+    def _secure_roots(self) -> list["Sequence"]:
+        """Those that write and may go on, each with a place for its root."""
+        writing = sorted((s for s in self.running if s.num_pending == 1), key=_rank)
+        secured = []
+        for sequence in writing[: self._config.max_num_batched_tokens]:
+            if sequence.pages is not None and self._secure(sequence):
+                secured.append(sequence)
+        for sequence in secured:  # only now: from here on nobody gives way
+            self._publish(sequence, len(sequence.tokens))
+        return secured
+
+    def _secure(self, sequence: "Sequence") -> bool:
+        """Make a place for a root, if need be by sending back who ranks last, itself perhaps."""
+        assert sequence.pages is not None
+        while not self._allocator.extend(sequence.pages, len(sequence.tokens)):
+            if self._trim():
+                continue
+            last = max(self.running, key=_rank)
+            self._preempt(last)
+            if last is sequence:
+                return False
+        return True
+
+    def _trim(self) -> bool:
+        """Take back what trees were lent in earlier steps; whether there was any."""
+        before = self._allocator.num_free
+        for sequence in self.running:
+            assert sequence.pages is not None
+            self._allocator.trim(sequence.pages, len(sequence.tokens))
+        return self._allocator.num_free > before
+
+    def _preempt(self, sequence: "Sequence") -> None:
         self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.num_computed = 0
+        sequence.stats.num_preemptions += 1
+        self._stats.num_preemptions += 1
+        self._queue(sequence)
+
+    def _admit(self) -> "Sequence | None":
+        """Let the first in the queue run, if there is room for what is known of it.
+
+        Every one that runs must be able to get another block afterwards: who is let in too early
+        is soon sent back.
+        """
+        if not self.waiting or len(self.running) >= self._config.max_num_seqs:
+            return None
+        sequence = self.waiting[0]
+        shared = self._find(sequence)
+        while sequence.pages is None:
+            sequence.pages = self._allocator.allocate(
+                len(sequence.tokens),
+                shared,
+                room=sequence.max_total + sequence.max_nodes,
+                spare=len(self.running),
+            )
+            if sequence.pages is None and not self._trim():
+                return None
+        self.running.append(self.waiting.pop(0))
+        sequence.num_computed = len(shared) * self._allocator.block_size
+        if self._reads_cache(sequence) and not sequence.stats.num_preemptions:
+            sequence.stats.num_cached_tokens = sequence.num_computed
+            self._stats.num_prefix_queries += len(sequence.tokens)
+            self._stats.num_prefix_hits += sequence.num_computed
+        return sequence
+
+    def _give_nodes(self, jobs: list[Job], budget: int) -> None:
+        """Trees: equal shares of the tokens and of the blocks that are left."""
+        for done, job in enumerate(jobs):
+            sequence, num_known = job.sequence, len(job.sequence.tokens)
+            assert sequence.pages is not None
+            nodes = min(sequence.max_nodes, budget // len(jobs))
+            if num_known + nodes > sequence.pages.capacity:
+                share = self._allocator.num_free // (len(jobs) - done) * self._allocator.block_size
+                nodes = min(nodes, sequence.pages.capacity + share - num_known)
+                self._allocator.extend(sequence.pages, num_known + nodes)
+            job.max_nodes = nodes
+
+    # --- texts that are shared --------------------------------------------------------------------
+
+    def _compute(self, sequence: "Sequence", left: int, jobs: list[Job]) -> int:
+        """Add the job of as many known tokens as may be computed; returns how many."""
+        count = min(sequence.num_pending, left)
+        if count:
+            jobs.append(Job(sequence, count, count == sequence.num_pending))
+            self._publish(sequence, sequence.num_computed + count)
+        return count
+
+    def _find(self, sequence: "Sequence") -> list[int]:
+        """Published blocks with its text; never all of it: the last token must be computed."""
+        if not self._reads_cache(sequence):
+            return []
+        stop = len(sequence.tokens) - 1
+        self._allocator.hash_blocks(sequence.hashes, sequence.tokens, stop, sequence.salt)
+        return self._allocator.find(sequence.hashes)
+
+    def _reads_cache(self, sequence: "Sequence") -> bool:
+        return self._config.enable_prefix_caching and sequence.reads_cache
+
+    def _publish(self, sequence: "Sequence", stop: int) -> None:
+        """Share its full blocks among the first `stop` tokens."""
+        assert sequence.pages is not None
+        count = stop // self._allocator.block_size
+        if self._config.enable_prefix_caching and count > len(sequence.pages.contents):
+            self._allocator.hash_blocks(sequence.hashes, sequence.tokens, stop, sequence.salt)
+            self._allocator.publish(sequence.pages, sequence.hashes[:count])
+
+    def _give_back(self, sequence: "Sequence") -> None:
+        """Free its pages, after what was computed of its text is published."""
+        assert sequence.pages is not None
+        # A text that ended inside an accepted path has fewer tokens than were computed.
+        self._publish(sequence, min(sequence.num_computed, len(sequence.tokens)))
         self._allocator.free(sequence.pages)
         sequence.pages = None
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._max_num_seqs:
-            waiting = self.waiting[0]
-            pages = self._allocator.allocate(waiting.max_total + waiting.max_nodes)
-            if pages is None:
-                return
-            sequence = self.waiting.popleft()
-            sequence.pages = pages
-            self.running.append(sequence)
+    # --- whose turn it is -------------------------------------------------------------------------
+
+    def _queue(self, sequence: "Sequence") -> None:
+        sequence.due = self._due(sequence)
+        insort(self.waiting, sequence, key=_turn)
+
+    def _due(self, sequence: "Sequence") -> float:
+        """When its turn is, in steps: who waits keeps it, while newcomers' turns come later."""
+        if self._config.scheduling_policy == "fcfs":
+            return 0.0
+        if self._config.scheduling_policy == "priority":
+            return sequence.arrival + LEVEL_STEPS * sequence.priority
+        return sequence.arrival + self._lengths.remaining(
+            sequence.num_prompt, sequence.num_output, sequence.num_left
+        )
+
+    def _look_again(self) -> None:
+        """Predict anew for all that wait, once enough was learnt to predict otherwise."""
+        if self._config.scheduling_policy == "predicted" and self._lengths.is_new():
+            for sequence in self.waiting:
+                sequence.due = self._due(sequence)
+            self.waiting.sort(key=_turn)

@@ -29,6 +29,9 @@ class Sequence:
     num_computed  tokens 0 … num_computed - 1 have K and V in the target's pages
     max_total     tokens at most, prompt included
     max_nodes     drafted nodes a step may add
+    pages         its blocks; None while it waits
+    hashes, salt  of its text's leading full blocks, and of all texts it may share with
+    arrival, due  when it came and when its turn is, in the scheduler's steps
     history       what its laws depend on beside the logits; None: nothing
     prompt_logprobs  per token of the prompt so far, where the first sample is asked for them
     scheduled_s   when it was first computed, by the clock of `time.perf_counter`
@@ -69,6 +72,10 @@ class Sequence:
         self.fortunes: dict[int, Fortune] = {}
         self.choice: DrafterChoice | None = None
         self.pages: Pages | None = None
+        self.hashes: list[bytes] = []
+        self.salt = (params.cache_salt or "").encode()
+        self.arrival = 0
+        self.due = 0.0
         self.output = CompletionOutput(index)
         if params.logprobs is not None:
             self.output.logprobs, self.output.cumulative_logprob = [], 0.0
@@ -125,6 +132,21 @@ class Sequence:
     def is_finished(self) -> bool:
         """Whether nothing more will come."""
         return self.output.finish_reason is not None
+
+    @property
+    def is_served(self) -> bool:
+        """Whether it came to an end of its own."""
+        return self.output.finish_reason in ("stop", "length")
+
+    @property
+    def priority(self) -> int:
+        """Lower is earlier."""
+        return self.params.priority
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether K and V that are there will do: not where all the prompt's logits are due."""
+        return self.params.prompt_logprobs is None or self.num_output > 0
 
     @property
     def end_tokens(self) -> frozenset[int]:

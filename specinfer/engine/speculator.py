@@ -5,7 +5,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 
 from specinfer.config import IID_VERIFIERS, Speculation
-from specinfer.draft.base import Drafter
+from specinfer.draft.base import Draft, Drafter
 from specinfer.draft.builders import SequoiaBuilder, builder_for
 from specinfer.draft.calibration import Calibration, Fortune
 from specinfer.draft.forced import ForcedDrafter
@@ -49,14 +49,19 @@ class Speculator:
         calibration: Calibration,
         measure: Callable[[Report | None], Controller] | None,
         max_num_batched_tokens: int,
+        chunked_prefill_size: int,
     ) -> None:
         self.calibration = calibration
         self.controller: Controller | None = None
         self._measure = measure
         self._stats = stats
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._chunked_prefill_size = chunked_prefill_size
+        self._left_to_feed = 0
         self._num_drafters = len(drafters)
-        self._is_model = [isinstance(each, ModelDrafter) for each in drafters]
+        self._models = {
+            n: each for n, each in enumerate(drafters) if isinstance(each, ModelDrafter)
+        }
         self.drafters: list[TimedDrafter] = [
             TimedDrafter(each, source, stats)
             for source, each in enumerate((*drafters, PredictionDrafter(), ForcedDrafter()))
@@ -80,7 +85,7 @@ class Speculator:
                 f"drafters and a step computes {self._max_num_batched_tokens} tokens "
                 "(max_num_batched_tokens): take a smaller tree, or set max_nodes"
             )
-        if speculation.control == "smartspec" and not any(self._is_model[:1]):
+        if speculation.control == "smartspec" and 0 not in self._models:
             raise ConfigError('control="smartspec" needs a model as the first drafter')
         if speculation.verifier in IID_VERIFIERS and num_drafters > 1:
             raise ConfigError(
@@ -104,6 +109,7 @@ class Speculator:
         """One tree per job, the root alone where nothing is to be drafted."""
         works = [Work(job, TokenTree(job.sequence.tokens[-1])) for job in jobs]
         groups: dict[tuple[str, bool], list[tuple[Work, Growth]]] = {}
+        self._left_to_feed = self._chunked_prefill_size
         rests = self.controller is not None and self.controller.rests(len(jobs))
         for work in works:
             if rests and self._may_rest(work.job.sequence):
@@ -212,14 +218,14 @@ class Speculator:
     def _growth(self, job: Job, num_spans: int) -> Growth | None:
         """What a sequence's tree may be; None where there can be none."""
         sequence = job.sequence
-        if self.is_unmeasured(sequence.speculation):
+        if self.is_unmeasured(sequence.speculation) or sequence.num_pending > 1:
             return None
-        sources = self._sources(sequence)
+        sources = self._sources(sequence, num_spans)
         depth = min(sequence.speculation.depth, sequence.num_left - 1)
         chain = self._chain(sequence.speculation)
         if chain is not None:
             depth = min(depth, chain.length(sequence.number, num_spans))
-        if sequence.num_pending > 1 or not sources or not job.max_nodes or depth < 1:
+        if not sources or not job.max_nodes or depth < 1:
             return None
         # A node at depth d is fed to a drafter only where something may follow it.
         room = min(self.drafters[source].max_positions for source in sources)
@@ -246,7 +252,8 @@ class Speculator:
     def _may_rest(self, sequence: Sequence) -> bool:
         """Whether only models draft for it: what others find may change from step to step."""
         is_auto = sequence.speculation.tree == "auto"
-        return is_auto and all(self._is_model) and not any(self._own_sources(sequence))
+        has_models_alone = len(self._models) == self._num_drafters
+        return is_auto and has_models_alone and not any(self._own_sources(sequence))
 
     def _own_sources(self, sequence: Sequence) -> tuple[bool, bool]:
         """Whether a prediction and a grammar propose something."""
@@ -275,8 +282,8 @@ class Speculator:
                 self._chains[speculation] = chain
         return self._chains[speculation]
 
-    def _sources(self, sequence: Sequence) -> list[int]:
-        """The drafters that know this sequence's positions."""
+    def _sources(self, sequence: Sequence, num_spans: int) -> list[int]:
+        """The drafters that know this sequence's positions and have not fallen far behind."""
         if sequence.speculation.is_off:
             return []
         takes_part = [*[True] * self._num_drafters, *self._own_sources(sequence)]
@@ -286,11 +293,31 @@ class Speculator:
             if len(sequence.tokens) <= drafter.max_positions
             and not drafter.is_failed
             and takes_part[source]
+            and (num_spans == 1 or not self._must_catch_up(source, sequence))
         ]
-        models = [each for each in sources if each < self._num_drafters and self._is_model[each]]
+        models = [each for each in sources if each in self._models]
         if len(models) < 2 or sequence.speculation.tree != "auto" or self.controller is None:
             return sources
         arms = choices_of(models, [each for each in sources if each not in models])
         if sequence.choice is None or list(sequence.choice.arms) != arms:
             sequence.choice = DrafterChoice.among(arms, self._choices)
         return list(sequence.choice.choose())
+
+    def _must_catch_up(self, source: int, sequence: Sequence) -> bool:
+        """Whether a drafter lacks more of a text than one chunk; feeds it some of that.
+
+        A long prompt that a drafter computed all at once would hold up everybody else in the step.
+        """
+        model = self._models.get(source)
+        if model is None:
+            return False
+        assert sequence.pages is not None
+        root = TokenTree(sequence.tokens[-1])
+        draft = Draft(sequence.number, sequence.tokens, sequence.pages, root)
+        if model.missing(draft) <= self._chunked_prefill_size:
+            return False
+        if self._left_to_feed:
+            with self._stats.timed("draft"):
+                model.feed(draft, self._left_to_feed)
+            self._left_to_feed = 0
+        return True

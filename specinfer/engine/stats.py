@@ -41,7 +41,12 @@ class EngineStats:
     num_steps          steps that computed something
     num_target_tokens  tokens the target computed: prompt chunks, roots and drafted nodes
     num_output_tokens  tokens emitted
+    num_preemptions    times a running sequence gave its pages up and was computed again
+    num_prefix_queries prompt tokens of admitted sequences, and num_prefix_hits of them whose K and
+                       V were there already
     num_goals          requests that ended with a latency goal, and num_goals_met of them in time
+    num_running, num_waiting      sequences, now
+    num_blocks, num_blocks_used   blocks of the cache, and those that somebody refers to, now
     sums               what speculation did, for all requests together
     steps_by_nodes     how many steps had so many drafted nodes, those of all sequences together
     drafted_by_source  per drafter's name, how many nodes it was the first to propose
@@ -54,8 +59,15 @@ class EngineStats:
     num_steps: int = 0
     num_target_tokens: int = 0
     num_output_tokens: int = 0
+    num_preemptions: int = 0
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
     num_goals: int = 0
     num_goals_met: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_blocks_used: int = 0
     sums: RequestStats = field(default_factory=RequestStats)
     steps_by_nodes: dict[int, int] = field(default_factory=dict)
     drafted_by_source: dict[str, int] = field(default_factory=dict)
@@ -88,6 +100,7 @@ class EngineStats:
     def reset(self) -> None:
         """Start counting again."""
         self.num_steps = self.num_target_tokens = self.num_output_tokens = 0
+        self.num_preemptions = self.num_prefix_queries = self.num_prefix_hits = 0
         self.num_goals = self.num_goals_met = 0
         self.sums = RequestStats()
         self.steps_by_nodes, self.drafted_by_source, self.drafted_by_depth = {}, {}, []

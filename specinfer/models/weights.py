@@ -108,11 +108,21 @@ def load_decoder(
         raise ModelNotFoundError(f"{path} is no folder: give the folder of a Hugging Face model")
     architecture = read_architecture(read_config(path))
     checkpoint = _Checkpoint(path)
-    stored = architecture.dtype or next(iter(checkpoint.dtypes.values()), "float32")
-    kind = _resolve_dtype(dtype, stored, device)
+    kind = resolve_dtype(path, dtype, device)
     decoder = Decoder(architecture, dtype=kind, device="meta")
     _Loader(checkpoint, decoder, kind, device, blocked and can_pack(kind, device), progress).run()
     return decoder.eval()
+
+
+def resolve_dtype(path: Path, dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """What `load_decoder` will make of this dtype for this folder, without reading weights.
+
+    raises  as `load_decoder` does
+    """
+    stored = read_architecture(read_config(path)).dtype
+    if stored is None:
+        stored = next(iter(_Checkpoint(path).dtypes.values()), "float32")
+    return _resolve_dtype(dtype, stored, device)
 
 
 @dataclass(frozen=True, slots=True)

