@@ -210,9 +210,10 @@ def test_other_origins_are_let_in_only_where_allowed(llm: AsyncLLM, url: str) ->
 def test_too_many_wait(llm: AsyncLLM) -> None:
     full = free_blocks(llm.llm.engine)
     with serving(service_of(llm, max_waiting=2)) as url:
-        refusal(post(url, COMPLETIONS, LONG | {"n": 7}), 400)
+        asked = LONG | {"max_tokens": 60}
+        refusal(post(url, COMPLETIONS, asked | {"n": 7}), 400)
         with ThreadPoolExecutor(12) as pool:
-            answers = list(pool.map(lambda _: post(url, COMPLETIONS, LONG), range(12)))
+            answers = list(pool.map(lambda _: post(url, COMPLETIONS, asked), range(12)))
         refused = [answer for answer in answers if answer.status_code != 200]
         assert refused
         assert len(answers) - len(refused) >= 6

@@ -29,6 +29,7 @@ def bind(settings: ServerSettings) -> socket.socket:
 
     raises  ConfigError where it cannot be had
     """
+    taken = None
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, address = found[0]
@@ -36,6 +37,8 @@ def bind(settings: ServerSettings) -> socket.socket:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(address)
     except OSError as error:
+        if taken is not None:
+            taken.close()
         raise ConfigError(
             f"host={settings.host!r} port={settings.port} cannot be had ({error.strerror}): give "
             "another --host or --port"

@@ -1,0 +1,280 @@
+"""Tools, log-probabilities and prompts over a model that says what the test says."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from langchain_openai import ChatOpenAI
+from openai import OpenAI
+
+from specinfer.serve.tools import detect_format
+from tests.serving import MODEL, Scripted, entry, pair, post, service_of, serving
+
+TEMPLATE = (
+    "{% if tools %}{% for tool in tools %}[{{ tool.function.name }}: "
+    "{{ tool.function.parameters | tojson }}]{% endfor %} Write <tool_call>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.city }})"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+ASK: list[Any] = [{"role": "user", "content": "How is the weather in Bern?"}]
+CALL = [
+    "Let me see.\n<tool",
+    '_call>{"name": "get_weather", "argu',
+    'ments": {"city"',
+    ': "Bern"}}',
+    "</tool_call>",
+]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[Scripted]:
+    real = pair()
+    yield Scripted(real, TEMPLATE)
+    real.close()
+
+
+@pytest.fixture(scope="module")
+def url(llm: Scripted) -> Iterator[str]:
+    with serving(service_of(llm)) as url:
+        yield url
+
+
+@pytest.fixture(autouse=True)
+def fresh(llm: Scripted) -> Iterator[None]:
+    yield
+    llm.pieces, llm.logprobs, llm.prompt_logprobs = ("Hello", " there"), None, None
+    llm.finish_reason = "stop"
+    llm.asked.clear()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> OpenAI:
+    return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+# --- tools ----------------------------------------------------------------------------------------
+
+
+def test_a_call_and_its_result(client: OpenAI, llm: Scripted) -> None:
+    llm.pieces = CALL
+    answer = client.chat.completions.create(model=MODEL, messages=ASK, tools=[WEATHER])  # type: ignore[list-item]
+    assert llm.prompt.startswith('[get_weather: {"type": "object"')
+    assert llm.asked[-1][1].skip_special_tokens is False
+    [choice] = answer.choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "Let me see."
+    assert choice.message.tool_calls is not None
+    [call] = choice.message.tool_calls
+    assert call.type == "function"
+    assert (call.function.name, json.loads(call.function.arguments)) == (
+        "get_weather",
+        {"city": "Bern"},
+    )
+    result = {"role": "tool", "tool_call_id": call.id, "content": "Sunny"}
+    llm.pieces = ("It is sunny.",)
+    again = client.chat.completions.create(
+        model=MODEL,
+        messages=[*ASK, choice.message.model_dump(), result],
+        tools=[WEATHER],  # type: ignore[list-item]
+    )
+    assert again.choices[0].message.content == "It is sunny."
+    assert again.choices[0].message.tool_calls is None
+    assert "get_weather(Bern)" in llm.prompt
+    assert "<tool>Sunny" in llm.prompt
+
+
+def test_a_streamed_call(client: OpenAI, llm: Scripted) -> None:
+    llm.pieces = CALL
+    text, calls, reasons = "", [], []
+    for chunk in client.chat.completions.create(
+        model=MODEL,
+        messages=ASK,
+        tools=[WEATHER],  # type: ignore[list-item]
+        stream=True,
+    ):
+        [choice] = chunk.choices
+        text += choice.delta.content or ""
+        calls += choice.delta.tool_calls or []
+        reasons.append(choice.finish_reason)
+    assert text == "Let me see."
+    assert reasons[-1] == "tool_calls"
+    assert calls[0].id
+    assert calls[0].function is not None
+    assert calls[0].function.name == "get_weather"
+    fragments = [call.function.arguments for call in calls if call.function]
+    assert len(fragments) > 2, "they come while they are written"
+    assert json.loads("".join(filter(None, fragments))) == {"city": "Bern"}
+    assert {call.index for call in calls} == {0}
+
+
+def test_langchain_binds_tools(url: str, llm: Scripted) -> None:
+    llm.pieces = CALL
+    chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=MODEL).bind_tools([WEATHER])  # type: ignore[arg-type]
+    [call] = chat.invoke("How is the weather in Bern?").tool_calls  # type: ignore[attr-defined]
+    assert (call["name"], call["args"]) == ("get_weather", {"city": "Bern"})
+
+
+def test_tools_that_may_not_be_called_are_not_shown(url: str, llm: Scripted) -> None:
+    llm.pieces = CALL
+    body = {"messages": ASK, "tools": [WEATHER], "tool_choice": "none"}
+    message = post(url, "/v1/chat/completions", body).json()["choices"][0]["message"]
+    assert message["content"] == "".join(CALL)
+    assert "tool_calls" not in message
+    assert "get_weather" not in llm.prompt
+
+
+def test_a_call_cut_short_is_told_as_far_as_it_came(url: str, llm: Scripted) -> None:
+    llm.pieces, llm.finish_reason = CALL[:3], "length"
+    [choice] = post(url, "/v1/chat/completions", {"messages": ASK, "tools": [WEATHER]}).json()[
+        "choices"
+    ]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city"'
+
+
+def test_arguments_that_are_no_json_are_refused(url: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}
+    messages = [*ASK, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    answer = post(url, "/v1/chat/completions", {"messages": messages})
+    assert answer.status_code == 400
+    assert "arguments" in answer.json()["error"]["message"]
+
+
+def test_formats_are_seen_in_templates() -> None:
+    assert detect_format(TEMPLATE) == "hermes"
+    assert detect_format("{{ tools }} [TOOL_CALLS]") == "mistral"
+    assert (
+        detect_format('{{ tools }} {"name": f, "parameters": {}} <|python_tag|>') == "llama3_json"
+    )
+    assert detect_format("{{ tools }} <tool_call><function=f>") is None
+    assert detect_format("<tool_call>") is None
+    assert detect_format("{{ tools }}") is None
+
+
+def test_an_unknown_format_has_to_be_named(llm: Scripted) -> None:
+    body = {"messages": ASK, "tools": [WEATHER]}
+    template = TEMPLATE.replace("<tool_call>", "")
+    other = Scripted(llm, template)  # type: ignore[arg-type]
+    other.pieces = CALL
+    with serving(service_of(other)) as url:
+        answer = post(url, "/v1/chat/completions", body)
+        assert answer.status_code == 400
+        assert "--tool-call-parser" in answer.json()["error"]["message"]
+    with serving(service_of(other, tool_call_parser="hermes")) as url:
+        [choice] = post(url, "/v1/chat/completions", body).json()["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+
+
+# --- log-probabilities ----------------------------------------------------------------------------
+
+PLACES = [
+    {5: entry(-0.5, 2, "Hel"), 6: entry(-0.25, 1, "Hi"), 7: entry(float("-inf"), 3, "x")},
+    {6: entry(-0.125, 1, "lo"), 5: entry(-3.0, 2, "la")},
+]
+
+
+def test_the_shapes_of_log_probabilities(
+    client: OpenAI, llm: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {5: "Hel", 6: "Hi", 7: "x"}
+    monkeypatch.setattr(llm, "logprobs", PLACES)
+    monkeypatch.setattr("specinfer.serve.params.SamplingParams.__post_init__", lambda self: None)
+    llm.tokenizer.decode = lambda ids, **_: "".join(told[each] for each in ids)  # type: ignore[method-assign]
+    try:
+        chat = client.chat.completions.create(
+            model=MODEL, messages=ASK, logprobs=True, top_logprobs=2
+        )
+        logprobs = chat.choices[0].logprobs
+        assert logprobs is not None
+        assert logprobs.content is not None
+        first = logprobs.content[0]
+        assert (first.token, first.logprob) == ("Hel", -0.5)
+        assert [(top.token, top.logprob) for top in first.top_logprobs] == [
+            ("Hi", -0.25),
+            ("Hel", -0.5),
+        ]
+        streamed = client.chat.completions.create(
+            model=MODEL, messages=ASK, logprobs=True, top_logprobs=2, stream=True
+        )
+        content = [
+            each
+            for chunk in streamed
+            if chunk.choices[0].logprobs
+            for each in chunk.choices[0].logprobs.content or []
+        ]
+        assert content == logprobs.content
+        old = client.completions.create(model=MODEL, prompt=[6, 7], logprobs=1).choices[0].logprobs
+        assert old is not None
+        assert old.tokens == ["Hel", "Hi"]
+        assert old.token_logprobs == [-0.5, -0.125]
+        assert old.top_logprobs == [{"Hi": -0.25, "Hel": -0.5}, {"Hi": -0.125}]
+        assert old.text_offset == [0, 3]
+        llm.prompt_logprobs = [None, {7: entry(-1.0, 1, "x")}]
+        echoed = client.completions.create(
+            model=MODEL, prompt=[6, 7], logprobs=1, echo=True, max_tokens=0
+        )
+        assert echoed.choices[0].text == "Hix"
+        assert echoed.usage is not None
+        assert echoed.usage.completion_tokens == 0
+        of_prompt = echoed.choices[0].logprobs
+        assert of_prompt is not None
+        assert of_prompt.token_logprobs == [None, -1.0]
+        assert of_prompt.tokens == ["Hi", "x"]
+    finally:
+        del llm.tokenizer.decode  # type: ignore[attr-defined]
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def test_messages_as_templates_know_them(url: str, llm: Scripted) -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
+    post(url, "/v1/chat/completions", {"messages": messages})
+    assert llm.prompt == "<system>Be brief.<user>one\ntwo<assistant>"
+
+
+def test_a_message_is_continued(url: str, llm: Scripted) -> None:
+    messages = [*ASK, {"role": "assistant", "content": "It is"}]
+    body = {"messages": messages, "continue_final_message": True}
+    post(url, "/v1/chat/completions", body)
+    assert llm.prompt == "<user>How is the weather in Bern?<assistant>It is"
+
+
+def test_what_is_asked_of_the_sampler(url: str, llm: Scripted) -> None:
+    body = {
+        "messages": ASK,
+        "temperature": 0.5,
+        "top_k": 3,
+        "min_p": 0.1,
+        "max_completion_tokens": 9,
+        "stop": ["a", "b"],
+        "ignore_eos": True,
+        "min_tokens": 2,
+        "seed": 5,
+        "top_p": None,
+        "speculation": {"tree": "1,1", "max_nodes": 2},
+        "target_tpot_s": 0.5,
+        "response_format": {"type": "text"},
+    }
+    assert post(url, "/v1/chat/completions", body).status_code == 200
+    params = llm.asked[-1][1]
+    assert (params.temperature, params.top_k, params.min_p, params.max_tokens) == (0.5, 3, 0.1, 9)
+    assert (params.stop_strings, params.ignore_eos, params.min_tokens) == (("a", "b"), True, 2)
+    assert (params.seed, params.top_p, params.target_tpot_s) == (5, 1.0, 0.5)
+    assert params.own_speculation is not None
+    assert params.own_speculation.max_nodes == 2
+    post(url, "/v1/chat/completions", {"messages": ASK})
+    assert llm.asked[-1][1].max_tokens is None
+    post(url, "/v1/completions", {"prompt": "x"})
+    assert llm.asked[-1][1].max_tokens == 16
