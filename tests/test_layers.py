@@ -1,6 +1,6 @@
 """Imports go down only: the floors of the package, held by reading every import statement.
 
-    7 faces        cli, serve, llm, async_llm, bench, draw, progress, train; benchmarks/
+    7 faces        cli, serve, loadtest, llm, async_llm, bench, draw, progress, train; benchmarks/
     6 engine       engine
     5 draft        draft
     4 run          run
@@ -24,7 +24,10 @@ PACKAGE = ROOT / "specinfer"
 GROUND = ("errors", "config", "dist")
 MATHEMATICS = (*("structured", "request", "tree", "history", "sampling", "verify", "baselines"),)
 MECHANISM = ("ops", "cache", "text", "grammar")
-FACES = ("cli", "serve", "train", "llm", "async_llm", "bench", "draw", "progress", "__main__")
+FACES = (
+    *("cli", "serve", "loadtest", "train", "llm", "async_llm", "bench", "draw", "progress"),
+    "__main__",
+)
 FLOORS: dict[str, int] = {
     **dict.fromkeys(GROUND, 0),
     **dict.fromkeys(MATHEMATICS, 1),

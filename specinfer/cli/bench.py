@@ -114,7 +114,7 @@ def _measure(llm: "LLM", asked: Asked, prompts: list[list[int]], pairs: int) -> 
     params = asked.params(llm)
     kept: dict[str, list[RequestOutput]] = {"plain": [], "tree": []}
     trees = {"plain": Speculation(tree="off"), "tree": asked.speculation}
-    with _progress(len(trees) * (pairs * len(prompts) + 1)) as advance:
+    with show_progress(len(trees) * (pairs * len(prompts) + 1)) as advance:
         systems = {
             name: _system(llm, tree, params, kept[name], advance) for name, tree in trees.items()
         }
@@ -157,7 +157,8 @@ def _tokens(output: RequestOutput) -> list[int]:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
+def show_progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar where standard error is a terminal; call what it gives once per piece of work."""
     from rich.console import Console
     from rich.progress import Progress
 

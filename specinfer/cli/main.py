@@ -17,13 +17,15 @@ from typer.core import TyperGroup
 
 from specinfer import __version__
 from specinfer.cli.bench import bench_latency
+from specinfer.cli.bench_serve import bench_serve
 from specinfer.cli.chat import chat
 from specinfer.cli.generate import generate
 from specinfer.cli.models import models
-from specinfer.cli.options import takes_options
+from specinfer.cli.options import takes_options, takes_settings
 from specinfer.cli.serve import serve
 from specinfer.cli.tree import tree
 from specinfer.errors import SpecInferError
+from specinfer.loadtest.plan import LoadTest
 from specinfer.serve.settings import ServerSettings
 
 
@@ -53,7 +55,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
+bench = typer.Typer(no_args_is_help=True, help="Measure on this machine, or any server.")
 
 
 def _print_version(asked: bool) -> None:
@@ -98,5 +100,6 @@ app.command()(takes_options(chat))
 app.command()(takes_options(tree))
 app.command()(takes_options(serve, settings=ServerSettings, samples=False))
 bench.command("latency")(takes_options(bench_latency))
+bench.command("serve")(takes_settings(bench_serve, LoadTest))
 app.add_typer(bench, name="bench")
 app.command()(models)

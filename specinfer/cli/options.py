@@ -194,6 +194,30 @@ def takes_options(
     return with_flags
 
 
+def takes_settings(command: Callable[..., None], settings: type) -> Callable[..., None]:
+    """Replace the parameter `settings` of a command by the flags of that dataclass alone.
+
+    A parameter of the command's own that is called like a flag takes its place, and goes into the
+    dataclass as well.
+    """
+    own = [p for p in _signature(command) if p.name != "settings"]
+    names = {p.name for p in own}
+    fields_of = {each.name for each in shown(settings)}
+    flags = [
+        _parameter(settings, "Settings", each) for each in shown(settings) if each.name not in names
+    ]
+
+    @wraps(command)
+    def with_flags(**given: Any) -> None:
+        made = settings(**_given_fields(settings, given))
+        command(**{name: given[name] for name in names - fields_of}, settings=made)
+
+    parameters = own + flags
+    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {each.name: each.annotation for each in parameters}
+    return with_flags
+
+
 def shown(group: type) -> list[Field[Any]]:
     """The fields that become flags: those that are built."""
     return [each for each in fields(group) if each.name not in _NO_FLAGS]
