@@ -1,12 +1,14 @@
 # Every target sets up .venv by itself. Variables:
 #   PYTHON    the interpreter that makes .venv (3.11 or newer; default python3)
+#   SECONDS   how long a soak takes (default 60)
 #   PIP_ARGS  further arguments to pip, such as another index
 PYTHON ?= python3
 PIP_ARGS ?=
+SECONDS ?= 60
 export VENV ?= .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow check format clean
+.PHONY: help install demo test test-slow soak check format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -23,6 +25,9 @@ test: $(STAMP) ## everything CI runs: lint, types, tests
 
 test-slow: $(STAMP) ## the tests that take minutes
 	@scripts/test -m "slow and not gpu and not multigpu and not network"
+
+soak: $(STAMP) ## a minute of hostile clients against a server (SECONDS=600 for longer)
+	@scripts/soak --seconds $(SECONDS)
 
 check: $(STAMP) ## lint, format, types and floors, without the tests
 	@scripts/check

@@ -1,6 +1,7 @@
 """`specinfer bench serve` against a server whose delays are known, and against ours."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from specinfer.loadtest.run import arrivals
 from specinfer.loadtest.summary import summarise
 from tests.command_line import refuses, run
 from tests.fake_openai import fake_server
-from tests.serving import MODEL, served_pair
+from tests.serving import MODEL, pair, service_of, serving
 
 
 def bench(url: str, *flags: str, exit_code: int = 0) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def test_table_and_picture(tmp_path: Path) -> None:
 
 
 def test_against_our_own_server() -> None:
-    with served_pair(max_model_len=128) as url:
+    with closing(pair(max_model_len=128)) as llm, serving(service_of(llm)) as url:
         flags = ("--max-tokens", "12", "--ignore-eos", "--temperature", "0", "--goodput", "ttft:1")
         found = bench(url, "--num-prompts", "6", "--max-concurrency", "3", *flags)
     assert found["model"] == MODEL
