@@ -158,14 +158,10 @@ def test_rounding_is_all_that_other_chunks_change(
 # --- steps that fail ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["target", "drafter"])
-def test_nothing_of_a_failed_step_is_shared(
-    pair: Pair, part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_of_a_failed_step_is_shared(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its blocks were published before it began, and hold anything."""
     llm = pair.llm("2,2", block_size=4, max_model_len=200)
-    timed: Any = llm.engine.speculator.drafters[0]
-    runner: Any = llm.engine.target if part == "target" else timed._drafter._runner
+    runner: Any = llm.engine.target
     prompt = pair.prompts[7]
     for num_good in (0, 1, 3):
         calls = 0

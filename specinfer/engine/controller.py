@@ -229,7 +229,7 @@ class Controller:
 
         Corrections cannot tell trees that take longer than was thought from a slower machine.
         """
-        corrected = self._step_s(num_spans, num_spans, 0, ())
+        corrected = self.plain_s(num_spans, num_spans)
         step_s = self.target.measured(num_spans, num_spans)
         return num_spans / min(step_s, corrected)
 

@@ -290,7 +290,7 @@ class Engine:
         sources = [sources_of(tree, node) for node in range(1, len(tree))]
         names = [drafters[each[0]].name for each in sources]
         self.stats.count_tree(tree.depths[1:], names)
-        prediction = len(drafters) - 1
+        prediction = self.speculator.prediction
         for stats in (work.job.sequence.stats, self.stats.sums):
             stats.count_step(
                 tree.num_drafted,

@@ -59,6 +59,7 @@ class Speculator:
         self._chunked_prefill_size = chunked_prefill_size
         self._left_to_feed = 0
         self._num_drafters = len(drafters)
+        self.prediction = len(drafters)  # what requests predict themselves, as a source
         self._models = {
             n: each for n, each in enumerate(drafters) if isinstance(each, ModelDrafter)
         }
