@@ -48,17 +48,21 @@ def serving(service: Service) -> Iterator[str]:
             thread.join()
 
 
+CLIENT = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+"""Making one takes longer than most requests do; it holds nothing between them."""
+
+
 def post(url: str, path: str, body: Any, **options: Any) -> httpx.Response:
     """One request, not kept alive."""
-    return httpx.post(url + path, json=body, timeout=60, **options)
+    return CLIENT.post(url + path, json=body, **options)
 
 
-def until(condition: Any, timeout_s: float = 10) -> None:
+def until(condition: Any, timeout_s: float = 10, pause_s: float = 0.005) -> None:
     """Wait until something holds."""
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "it never came true"
-        time.sleep(0.005)
+        time.sleep(pause_s)
 
 
 class Scripted:
@@ -104,13 +108,13 @@ class Scripted:
             output = CompletionOutput(
                 sample, "".join(self.pieces[:count]), list(range(5, 5 + count))
             )
-            output.logprobs = None if self.logprobs is None else list(self.logprobs[:count])  # type: ignore[assignment]
+            output.logprobs = None if self.logprobs is None else list(self.logprobs[:count])
             if is_last:
-                output.finish_reason = self.finish_reason  # type: ignore[assignment]
+                output.finish_reason = self.finish_reason
             outputs.append(output)
         stats = RequestStats(num_output_tokens=count * params.n, num_target_steps=count)
         whole = RequestOutput("r", None, list(prompt), outputs, is_last, stats)
-        whole.prompt_logprobs = self.prompt_logprobs  # type: ignore[assignment]
+        whole.prompt_logprobs = self.prompt_logprobs
         return StepUpdate(index, whole, time.perf_counter(), time.perf_counter())
 
 

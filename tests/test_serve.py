@@ -15,7 +15,7 @@ from specinfer.async_llm import AsyncLLM
 from specinfer.request import SamplingParams
 from specinfer.serve.state import Service
 from tests.engines import free_blocks
-from tests.serving import MODEL, pair, post, service_of, serving, until
+from tests.serving import CLIENT, MODEL, pair, post, service_of, serving, until
 
 STORY = [{"role": "user", "content": "Tell me a story."}]
 ASKED: dict[str, Any] = {"model": MODEL, "messages": STORY, "temperature": 0, "max_tokens": 24}
@@ -207,8 +207,8 @@ def test_models_and_facts(client: OpenAI, url: str) -> None:
     [model] = client.models.list().data
     assert model.id == MODEL
     assert client.models.retrieve(MODEL).id == MODEL
-    assert httpx.get(f"{url}/health").status_code == 200
-    assert httpx.get(f"{url}/version").json()["version"].count(".") == 2
+    assert CLIENT.get(f"{url}/health").status_code == 200
+    assert CLIENT.get(f"{url}/version").json()["version"].count(".") == 2
 
 
 def test_tokens_and_back(url: str, llm: AsyncLLM) -> None:

@@ -17,7 +17,7 @@ from specinfer.request import SamplingParams
 from specinfer.serve.errors import ApiError
 from specinfer.serve.settings import ServerSettings
 from tests.engines import free_blocks
-from tests.serving import MODEL, pair, post, service_of, serving, until
+from tests.serving import CLIENT, MODEL, pair, post, service_of, serving, until
 
 HI = [{"role": "user", "content": "Hi"}]
 LONG = {"prompt": "Once upon a time", "max_tokens": 240, "temperature": 0, "ignore_eos": True}
@@ -142,11 +142,11 @@ def test_options_of_a_stream_need_a_stream(url: str) -> None:
 
 def test_bodies_that_are_no_json(url: str) -> None:
     for body in (b"{", b"\xff", b"[" * 50_000, b"", b"null", b'"text"'):
-        answer = httpx.post(
+        answer = CLIENT.post(
             url + COMPLETIONS, content=body, headers={"content-type": "application/json"}
         )
         refusal(answer, 400)
-    nan = httpx.post(url + COMPLETIONS, content=b'{"prompt": "x", "temperature": NaN}')
+    nan = CLIENT.post(url + COMPLETIONS, content=b'{"prompt": "x", "temperature": NaN}')
     refusal(nan, 400)
 
 
@@ -159,7 +159,7 @@ def test_bodies_that_are_too_large(url: str) -> None:
         for _ in range(20):
             yield b"x" * 10_000
 
-    answer = httpx.post(
+    answer = CLIENT.post(
         url + COMPLETIONS, content=pieces(), headers={"content-type": "application/json"}
     )
     refusal(answer, 413)
@@ -168,9 +168,9 @@ def test_bodies_that_are_too_large(url: str) -> None:
 def test_the_official_client_knows_the_errors(url: str) -> None:
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.NotFoundError, match="not served"):
-        client.chat.completions.create(model="gpt-4", messages=HI)  # type: ignore[arg-type]
+        client.chat.completions.create(model="gpt-4", messages=HI)
     with pytest.raises(openai.BadRequestError, match="at least 0") as caught:
-        client.chat.completions.create(model=MODEL, messages=HI, temperature=-1)  # type: ignore[arg-type]
+        client.chat.completions.create(model=MODEL, messages=HI, temperature=-1)
     assert caught.value.param == "temperature"
 
 
@@ -183,24 +183,24 @@ def test_keys(llm: AsyncLLM) -> None:
             for path in (COMPLETIONS, "/tokenize", "/nothing"):
                 error = refusal(post(url, path, {"prompt": "x"}, headers=headers), 401)
                 assert error["code"] == "invalid_api_key"
-            refusal(httpx.get(f"{url}/metrics", headers=headers), 401)
+            refusal(CLIENT.get(f"{url}/metrics", headers=headers), 401)
         for key in ("secret", "other"):
             client = OpenAI(base_url=f"{url}/v1", api_key=key)
             assert client.models.list().data[0].id == MODEL
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert CLIENT.get(f"{url}/health").status_code == 200
         with pytest.raises(openai.AuthenticationError):
             OpenAI(base_url=f"{url}/v1", api_key="no", max_retries=0).models.list()
 
 
 def test_other_origins_are_let_in_only_where_allowed(llm: AsyncLLM, url: str) -> None:
     asking = {"origin": "https://here.example", "access-control-request-method": "POST"}
-    assert "access-control-allow-origin" not in httpx.options(url + CHAT, headers=asking).headers
+    assert "access-control-allow-origin" not in CLIENT.options(url + CHAT, headers=asking).headers
     service = service_of(llm, allowed_origins=("https://here.example",), api_key=("secret",))
     with serving(service) as open_url:
-        answer = httpx.options(open_url + CHAT, headers=asking)
+        answer = CLIENT.options(open_url + CHAT, headers=asking)
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "https://here.example"
-        other = httpx.options(open_url + CHAT, headers=asking | {"origin": "https://x.example"})
+        other = CLIENT.options(open_url + CHAT, headers=asking | {"origin": "https://x.example"})
         assert "access-control-allow-origin" not in other.headers
 
 

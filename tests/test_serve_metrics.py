@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from specinfer.async_llm import AsyncLLM
 from specinfer.serve.state import Service
-from tests.serving import MODEL, pair, post, service_of, serving
+from tests.serving import CLIENT, MODEL, pair, post, service_of, serving
 
 DASHBOARD = Path(__file__).parent.parent / "docs" / "grafana.json"
 VLLM = (
@@ -35,7 +35,7 @@ def llm() -> Iterator[AsyncLLM]:
 
 def scrape(url: str) -> dict[str, dict[tuple[Any, ...], float]]:
     """Samples by name, by their labels without the model's name."""
-    text = httpx.get(f"{url}/metrics").text
+    text = CLIENT.get(f"{url}/metrics").text
     found: dict[str, dict[tuple[Any, ...], float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

@@ -1,5 +1,6 @@
 """`specinfer serve` as a process: how it starts, logs, drains, ends, and comes back."""
 
+import asyncio
 import json
 import os
 import re
@@ -11,13 +12,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
+from specinfer.serve.launch import _Server, bind
+from specinfer.serve.settings import ServerSettings
 from tests.command_line import refuses, run
-from tests.serving import post, until
+from tests.serving import CLIENT, post, until
 
 FLAGS = ("--drafter", "zoo:parley-draft", "--tree", "2,2,1", "--max-model-len", "256")
 LONG = {"prompt": "Once upon a time", "max_tokens": 240, "ignore_eos": True}
@@ -47,73 +52,83 @@ def started(
 
 
 def is_up(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=1).status_code == 200
-    except httpx.TransportError:
-        return False
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_sigterm_lets_what_runs_finish(tmp_path: Path) -> None:
-    port, log = free_port(), tmp_path / "log"
-    url = f"http://127.0.0.1:{port}"
-    with started(log, port, ("--log-format", "json"), SPECINFER_API_KEY="a,b") as process:
-        until(lambda: is_up(port), 60)
-        assert post(url, "/v1/completions", LONG).status_code == 401
-        headers = {"authorization": "Bearer b", "x-request-id": "mine"}
-        with (
-            httpx.Client(headers=headers) as client,
-            client.stream(
-                "POST", f"{url}/v1/completions", json=LONG | {"stream": True, "n": 8}
-            ) as answer,
-        ):
-            lines = answer.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            until(lambda: not is_up(port))
-            rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]"
-        reasons = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in rest[:-1]]
-        assert reasons.count("length") == 8
-        assert process.wait(10) == 0
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    events = [record["event"] for record in records]
-    assert "serving" in events
-    assert "draining" in events
-    assert records[events.index("serving")]["url"] == url
-    [asked] = [r for r in records if r["event"] == "request" and r["request_id"] == "mine"]
-    assert (asked["status"], asked["completion_tokens"]) == (200, 8 * 240)
-    assert "Once upon" not in log.read_text(), "prompts are nobody's business"
-
-
-def test_killed_and_back_while_a_client_retries(tmp_path: Path) -> None:
-    port, log = free_port(), tmp_path / "log"
+def test_killed_and_back_while_a_client_retries_then_drained(tmp_path: Path) -> None:
+    port, logs = free_port(), [tmp_path / "first", tmp_path / "second"]
     url = f"http://127.0.0.1:{port}"
     body = {"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0}
-    with started(log, port, ("--log-prompts",)) as process:
-        until(lambda: is_up(port), 60)
+    with started(logs[0], port, ("--log-prompts",)) as process:
+        until(lambda: is_up(port), 60, 0.05)
         before = post(url, "/v1/completions", body).json()["choices"]
         process.kill()
         process.wait()
-    assert 'prompt="Once upon a time"' in log.read_text()
-    start = time.monotonic()
-    with started(log, port) as process:
-        after: Any = None
-        while after is None and time.monotonic() - start < 60:
-            try:
-                after = post(url, "/v1/completions", body).json()["choices"]
-            except httpx.TransportError:
-                time.sleep(0.05)
-        assert after == before
-        # Two signals while something runs: it ends at once, whatever still runs.
-        with httpx.stream(
-            "POST", f"{url}/v1/completions", json=LONG | {"n": 16, "stream": True}
-        ) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            until(lambda: not is_up(port))
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(5) == 128 + signal.SIGTERM
+    assert 'prompt="Once upon a time"' in logs[0].read_text()
+    headers = {"authorization": "Bearer b", "x-request-id": "mine"}
+    with started(logs[1], port, ("--log-format", "json"), SPECINFER_API_KEY="a,b") as process:
+        assert ask_until_answered(url, body, headers)["choices"] == before
+        assert post(url, "/v1/completions", body).status_code == 401
+        check_draining(url, port, process, headers)
+    records = [json.loads(line) for line in logs[1].read_text().splitlines()]
+    events = [record["event"] for record in records]
+    assert records[events.index("serving")]["url"] == url
+    assert "draining" in events
+    asked = [r for r in records if r["event"] == "request" and r["request_id"] == "mine"]
+    assert (asked[-1]["status"], asked[-1]["completion_tokens"]) == (200, 8 * 240)
+    assert "Once upon" not in logs[1].read_text(), "prompts are nobody's business"
+
+
+def ask_until_answered(url: str, body: Any, headers: dict[str, str]) -> Any:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            return post(url, "/v1/completions", body, headers=headers).json()
+        except httpx.TransportError:
+            time.sleep(0.05)
+    pytest.fail("it never came back")
+
+
+def check_draining(
+    url: str, port: int, process: subprocess.Popen[bytes], headers: dict[str, str]
+) -> None:
+    """SIGTERM: nothing new gets in, what runs is finished, and the exit code is 0."""
+    body = LONG | {"stream": True, "n": 8}
+    with CLIENT.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: not is_up(port), 10, 0.05)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    reasons = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in rest[:-1]]
+    assert reasons.count("length") == 8
+    assert process.wait(10) == 0
+
+
+def test_the_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    async def run() -> None:
+        service = SimpleNamespace(
+            settings=ServerSettings(), num_taken=0, llm=SimpleNamespace(fail_all=ended.append)
+        )
+        with bind(ServerSettings(port=0)) as taken:
+            server = _Server(uvicorn.Config("none"), service, taken)
+            server._loop = asyncio.get_running_loop()
+            with server.capture_signals():
+                signal.raise_signal(signal.SIGTERM)
+                await asyncio.sleep(0)
+                assert server.should_exit
+                assert service.is_draining
+                assert ended == []
+                signal.raise_signal(signal.SIGTERM)
+                assert ended == [128 + signal.SIGTERM]
+
+    asyncio.run(run())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded() -> None:

@@ -67,7 +67,7 @@ def client(url: str) -> OpenAI:
 
 def test_a_call_and_its_result(client: OpenAI, llm: Scripted) -> None:
     llm.pieces = CALL
-    answer = client.chat.completions.create(model=MODEL, messages=ASK, tools=[WEATHER])  # type: ignore[list-item]
+    answer = client.chat.completions.create(model=MODEL, messages=ASK, tools=[WEATHER])
     assert llm.prompt.startswith('[get_weather: {"type": "object"')
     assert llm.asked[-1][1].skip_special_tokens is False
     [choice] = answer.choices
@@ -85,7 +85,7 @@ def test_a_call_and_its_result(client: OpenAI, llm: Scripted) -> None:
     again = client.chat.completions.create(
         model=MODEL,
         messages=[*ASK, choice.message.model_dump(), result],
-        tools=[WEATHER],  # type: ignore[list-item]
+        tools=[WEATHER],
     )
     assert again.choices[0].message.content == "It is sunny."
     assert again.choices[0].message.tool_calls is None
@@ -99,7 +99,7 @@ def test_a_streamed_call(client: OpenAI, llm: Scripted) -> None:
     for chunk in client.chat.completions.create(
         model=MODEL,
         messages=ASK,
-        tools=[WEATHER],  # type: ignore[list-item]
+        tools=[WEATHER],
         stream=True,
     ):
         [choice] = chunk.choices
@@ -119,8 +119,8 @@ def test_a_streamed_call(client: OpenAI, llm: Scripted) -> None:
 
 def test_langchain_binds_tools(url: str, llm: Scripted) -> None:
     llm.pieces = CALL
-    chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=MODEL).bind_tools([WEATHER])  # type: ignore[arg-type]
-    [call] = chat.invoke("How is the weather in Bern?").tool_calls  # type: ignore[attr-defined]
+    chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=MODEL).bind_tools([WEATHER])
+    [call] = chat.invoke("How is the weather in Bern?").tool_calls
     assert (call["name"], call["args"]) == ("get_weather", {"city": "Bern"})
 
 
@@ -164,7 +164,7 @@ def test_formats_are_seen_in_templates() -> None:
 def test_an_unknown_format_has_to_be_named(llm: Scripted) -> None:
     body = {"messages": ASK, "tools": [WEATHER]}
     template = TEMPLATE.replace("<tool_call>", "")
-    other = Scripted(llm, template)  # type: ignore[arg-type]
+    other = Scripted(llm, template)
     other.pieces = CALL
     with serving(service_of(other)) as url:
         answer = post(url, "/v1/chat/completions", body)
@@ -189,7 +189,7 @@ def test_the_shapes_of_log_probabilities(
     told = {5: "Hel", 6: "Hi", 7: "x"}
     monkeypatch.setattr(llm, "logprobs", PLACES)
     monkeypatch.setattr("specinfer.serve.params.SamplingParams.__post_init__", lambda self: None)
-    llm.tokenizer.decode = lambda ids, **_: "".join(told[each] for each in ids)  # type: ignore[method-assign]
+    llm.tokenizer.decode = lambda ids, **_: "".join(told[each] for each in ids)
     try:
         chat = client.chat.completions.create(
             model=MODEL, messages=ASK, logprobs=True, top_logprobs=2
@@ -231,7 +231,7 @@ def test_the_shapes_of_log_probabilities(
         assert of_prompt.token_logprobs == [None, -1.0]
         assert of_prompt.tokens == ["Hi", "x"]
     finally:
-        del llm.tokenizer.decode  # type: ignore[attr-defined]
+        del llm.tokenizer.decode
 
 
 # --- prompts --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specinfer.serve.errors import ApiError, as_api_error
@@ -61,6 +62,8 @@ class Surroundings:
             await self._app(scope, body.receive, send_unless_too_large)
             if body.is_too_large and status == 0:
                 raise _too_large(body.limit)
+        except ClientDisconnect:
+            pass  # nobody is there to be told
         except Exception as error:
             refusal = as_api_error(error)
             if refusal.status == 500:
