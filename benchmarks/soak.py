@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ TARGET, DRAFTER = "zoo:parley", "zoo:parley-draft"
 MAX_MODEL_LEN = 192
 DISCONNECTING, BREAKING = 0.20, 0.05
 MAX_GROWTH = 0.02
-JUDGED_S = 60.0
-"""In shorter runs memory is still warming up, and its growth says nothing."""
+JUDGED_S = 600.0
+"""In shorter runs memory is still warming up, and its growth says nothing: with every new size of
+step the kernels' caches grow, for about 200 s."""
 _PATIENCE_S = 120.0
 """An answer that takes longer is taken for one that never comes."""
 _SETTLING_S = 10.0
@@ -111,9 +112,14 @@ class Findings:
                 self.violate("no traffic", f"not one request {kind}")
 
 
+def vars_of(findings: Findings) -> dict[str, Any]:
+    """Its fields by name; `asdict` cannot copy a Counter."""
+    return {each.name: getattr(findings, each.name) for each in fields(findings)}
+
+
 def warm_up_s(seconds: float) -> float:
     """Until every size of step has come up; half of a short run."""
-    return min(seconds / 2, 60.0)
+    return min(seconds / 2, 240.0)
 
 
 def make_jobs(num: int, seed: int) -> list[Job]:
@@ -128,21 +134,21 @@ def make_jobs(num: int, seed: int) -> list[Job]:
     llm = LLM(TARGET, dtype="float32", max_model_len=MAX_MODEL_LEN, show_progress=False)
     encode = llm.tokenizer.apply_chat_template
     chats = load_chats(encode=encode)
-    fields: list[dict[str, Any]] = []
+    asked: list[dict[str, Any]] = []
     for number in range(num):
         sampling: dict[str, Any] = {"temperature": 0.0}
         if number % 2:
             sampling = {"temperature": rng.choice((0.7, 1.0)), "seed": rng.randrange(1 << 32)}
         if number % 5 == 4:
             sampling["stop"] = [rng.choice((".", " the", "and"))]
-        fields.append({"max_tokens": rng.choice((8, 32, 64, 128)), **sampling})
+        asked.append({"max_tokens": rng.choice((8, 32, 64, 128)), **sampling})
     prompts = [encode(chats[number % len(chats)]) for number in range(num)]
-    outputs = llm.generate(prompts, [SamplingParams(**each) for each in fields])
+    outputs = llm.generate(prompts, [SamplingParams(**each) for each in asked])
     return [
         Job(
             messages=chats[number % len(chats)],
             prompt=prompts[number] if number % 3 == 0 else None,
-            fields=fields[number],
+            fields=asked[number],
             is_stream=number % 4 != 3,
             text=output.outputs[0].text,
             finish_reason=str(output.outputs[0].finish_reason),
@@ -307,7 +313,7 @@ def main() -> int:
     growth = findings.judge_memory(args.seconds)
     Console(width=100).print(table(findings, args.seconds, growth, quiet_s))
     if args.json:
-        write_result(args.json, f"soak of {args.seconds:g} s", **asdict(findings))
+        write_result(args.json, f"soak of {args.seconds:g} s", **vars_of(findings))
     for each in findings.violations:
         print(f"violation: {each}", file=sys.stderr)
     return 1 if findings.violations else 0

@@ -72,14 +72,14 @@ def test_broken_bodies_must_be_refused(status: int, body: Any, expected: list[st
 def test_growing_memory_is_seen_and_a_warm_up_is_not() -> None:
     def growth_of(rss: list[float]) -> list[str]:
         findings = Findings(rss_bytes=[(float(at), int(b * 1e6)) for at, b in enumerate(rss)])
-        findings.judge_memory(seconds=max(60, len(rss)))
+        findings.judge_memory(seconds=600)
         return kinds(findings)
 
-    assert growth_of([100.0 + 10 * i for i in range(50)] + [600.0] * 50) == []
-    assert growth_of([500.0] * 50 + [500.0 + i for i in range(50)]) == ["memory"]
-    assert growth_of([500.0] * 50 + [500.0 + i / 10 for i in range(50)]) == []
+    assert growth_of([100.0 + 10 * i for i in range(240)] + [2500.0] * 360) == []
+    assert growth_of([500.0] * 240 + [500.0 + i / 6 for i in range(360)]) == ["memory"]
+    assert growth_of([500.0] * 240 + [500.0 + i / 60 for i in range(360)]) == []
     assert growth_of([500.0]) == ["memory"]
-    assert Findings().judge_memory(seconds=59) is None
+    assert Findings().judge_memory(seconds=599) is None
 
 
 def test_a_soak_without_pressure_is_none() -> None:
