@@ -90,6 +90,9 @@ class Scripted:
         """The text of the last prompt."""
         return self.tokenizer.decode(self.asked[-1][0], skip_special_tokens=False)
 
+    async def prepare(self, params: SamplingParams) -> None:
+        self.prepared = params.structure
+
     def submit(self, prompts: Sequence[tuple[Any, SamplingParams]], request_id: str) -> Any:
         self.asked += prompts
         updates = [

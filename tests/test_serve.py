@@ -220,6 +220,108 @@ def test_tokens_and_back(url: str, llm: AsyncLLM) -> None:
     assert chat["tokens"] == llm.tokenizer.apply_chat_template(STORY)
 
 
+# --- laws -----------------------------------------------------------------------------------------
+
+
+def test_log_probabilities(client: OpenAI, llm: AsyncLLM) -> None:
+    asked = ASKED | {"max_tokens": 6, "logprobs": True, "top_logprobs": 3}
+    whole = client.chat.completions.create(**asked).choices[0]
+    assert whole.logprobs is not None
+    content = whole.logprobs.content
+    assert content is not None
+    assert "".join(each.token for each in content) == whole.message.content
+    for each in content:  # greedy: the first is the one that came
+        assert each.top_logprobs[0].token == each.token
+        chances = [top.logprob for top in each.top_logprobs]
+        assert chances == sorted(chances, reverse=True)
+        assert each.bytes == list(each.token.encode())
+    streamed = [
+        each
+        for chunk in client.chat.completions.create(**asked, stream=True)
+        for each in (chunk.choices[0].logprobs and chunk.choices[0].logprobs.content) or []
+    ]
+    assert [each.token for each in streamed] == [each.token for each in content]
+    assert [each.logprob for each in streamed] == pytest.approx(
+        [e.logprob for e in content], abs=1e-4
+    )
+    text = "Once upon a time, there was"
+    echoed = client.completions.create(
+        model=MODEL, prompt=text, echo=True, logprobs=1, max_tokens=0
+    )
+    [choice] = echoed.choices
+    assert choice.text == text
+    assert choice.logprobs is not None
+    assert "".join(choice.logprobs.tokens or []) == text
+    assert (choice.logprobs.token_logprobs or [])[0] is None
+    assert all(each < 0 for each in (choice.logprobs.token_logprobs or [])[1:])
+    assert len(choice.logprobs.tokens or []) == len(llm.tokenizer.encode(text))
+    assert echoed.usage is not None
+    assert echoed.usage.completion_tokens == 0
+
+
+def test_biases_and_penalties_reach_the_law(client: OpenAI, llm: AsyncLLM) -> None:
+    plain = client.completions.create(model=MODEL, prompt="Once", max_tokens=8, temperature=0)
+    [token] = llm.tokenizer.encode("Hello")
+    biased = client.completions.create(
+        model=MODEL, prompt="Once", max_tokens=4, temperature=0, logit_bias={str(token): 100}
+    )
+    assert biased.choices[0].text == "Hello" * 4
+    less = client.completions.create(
+        model=MODEL,
+        prompt="Once",
+        max_tokens=4,
+        temperature=0,
+        logit_bias={str(token): 100},
+        frequency_penalty=2,
+        extra_body={"bad_words": ["Hello"]},
+    )
+    assert "Hello" not in less.choices[0].text
+    assert "Hello" not in plain.choices[0].text
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_that_follow_a_schema(client: OpenAI, temperature: float) -> None:
+    shape: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    asked = ASKED | {"temperature": temperature, "seed": 2, "max_tokens": 120}
+    answer = client.chat.completions.create(**asked, response_format=shape).choices[0]
+    assert answer.finish_reason == "stop"
+    person = json.loads(str(answer.message.content))
+    assert person.keys() == {"name", "age"}
+    older = client.chat.completions.create(**asked, extra_body={"guided_json": SCHEMA}).choices[0]
+    newer = {"structured_outputs": {"json": SCHEMA}}
+    again = client.chat.completions.create(**asked, extra_body=newer).choices[0]
+    assert older.message.content == again.message.content == answer.message.content
+
+
+def test_choices_and_expressions(url: str) -> None:
+    body = {"prompt": "Once", "temperature": 1.0, "max_tokens": 20}
+    for field, value in (("guided_choice", ["red", "green"]), ("guided_regex", "(red|green)")):
+        [choice] = post(url, "/v1/completions", body | {field: value}).json()["choices"]
+        assert choice["text"] in ("red", "green")
+        assert choice["finish_reason"] == "stop"
+    bad = post(url, "/v1/completions", body | {"guided_regex": "("})
+    assert bad.status_code == 400
+    assert bad.json()["error"]["code"] == "invalid_value"
+
+
+def test_equal_beginnings_are_computed_once(url: str) -> None:
+    prompt = list(range(100, 164))
+    body = {"prompt": prompt, "max_tokens": 2, "temperature": 0, "cache_salt": "mine"}
+    counts = [
+        post(url, "/v1/completions", body | more).json()["usage"]["prompt_tokens_details"]
+        for more in ({}, {}, {"cache_salt": "yours"})
+    ]
+    assert [each["cached_tokens"] for each in counts] == [0, 48, 0]
+
+
 # --- other clients --------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ VLLM = (
     *("request_queue_time_seconds", "request_time_per_output_token_seconds"),
     *("request_prompt_tokens", "request_generation_tokens"),
     *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"),
+    *("prefix_cache_queries_total", "prefix_cache_hits_total", "num_preemptions_total"),
     *("prompt_tokens_total", "generation_tokens_total", "request_success_total"),
     *("spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total"),
     *("spec_decode_num_accepted_tokens_total", "spec_decode_num_accepted_tokens_per_pos_total"),

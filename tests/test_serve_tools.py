@@ -8,6 +8,7 @@ import pytest
 from langchain_openai import ChatOpenAI
 from openai import OpenAI
 
+from specinfer.async_llm import AsyncLLM
 from specinfer.serve.tools import detect_format
 from tests.serving import MODEL, Scripted, entry, pair, post, service_of, serving
 
@@ -37,10 +38,15 @@ CALL = [
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[Scripted]:
-    real = pair()
-    yield Scripted(real, TEMPLATE)
-    real.close()
+def real() -> Iterator[AsyncLLM]:
+    llm = pair()
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="module")
+def llm(real: AsyncLLM) -> Scripted:
+    return Scripted(real, TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +156,49 @@ def test_arguments_that_are_no_json_are_refused(url: str) -> None:
     assert "arguments" in answer.json()["error"]["message"]
 
 
+def test_a_call_that_must_come_is_held_to_its_schema(
+    real: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundled model knows no tools: it calls one because it can say nothing else."""
+    monkeypatch.setattr(real.tokenizer, "chat_templates", {"default": TEMPLATE})
+    monkeypatch.setattr(real.tokenizer, "_compiled", {})
+    city = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Bern", "Rome"]}},
+        "required": ["city"],
+    }
+    weather = {"type": "function", "function": {"name": "get_weather", "parameters": city}}
+    add = {"type": "function", "function": {"name": "add"}}
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    with serving(service_of(real)) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        for choice, reason in (("required", "tool_calls"), (named, "stop")):
+            asked: dict[str, Any] = {
+                "model": MODEL,
+                "messages": ASK,
+                "tools": [weather, add],
+                "tool_choice": choice,
+                "parallel_tool_calls": False,
+                "temperature": 1.0,
+                "seed": 3,
+                "max_tokens": 60,
+            }
+            told = client.chat.completions.create(**asked).choices[0]
+            assert told.finish_reason == reason
+            assert not told.message.content
+            [call] = told.message.tool_calls
+            if choice == named or call.function.name == "get_weather":
+                assert json.loads(call.function.arguments)["city"] in ("Bern", "Rome")
+            deltas = [
+                each
+                for chunk in client.chat.completions.create(**asked, stream=True)
+                for each in chunk.choices[0].delta.tool_calls or []
+            ]
+            assert deltas[0].function.name == call.function.name
+            arguments = "".join(each.function.arguments for each in deltas)
+            assert arguments == call.function.arguments
+
+
 def test_formats_are_seen_in_templates() -> None:
     assert detect_format(TEMPLATE) == "hermes"
     assert detect_format("{{ tools }} [TOOL_CALLS]") == "mistral"
@@ -188,7 +237,6 @@ def test_the_shapes_of_log_probabilities(
 ) -> None:
     told = {5: "Hel", 6: "Hi", 7: "x"}
     monkeypatch.setattr(llm, "logprobs", PLACES)
-    monkeypatch.setattr("specinfer.serve.params.SamplingParams.__post_init__", lambda self: None)
     llm.tokenizer.decode = lambda ids, **_: "".join(told[each] for each in ids)
     try:
         chat = client.chat.completions.create(

@@ -11,7 +11,8 @@ _SAME_NAMES = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
     *("min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "bad_words"),
-    *("allowed_token_ids", "prompt_logprobs", "priority", "target_tpot_s"),
+    *("allowed_token_ids", "prompt_logprobs", "priority", "cache_salt"),
+    "target_tpot_s",
 )
 _GUIDED = {
     "guided_json": "json",

@@ -104,6 +104,7 @@ class SamplingBody(Body):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     priority: int | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
