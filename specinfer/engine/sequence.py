@@ -32,6 +32,7 @@ class Sequence:
     pages         its blocks; None while it waits
     hashes, salt  of its text's leading full blocks, and of all texts it may share with
     arrival, due  when it came and when its turn is, in the scheduler's steps
+    has_grammar   whether its output has a structure
     history       what its laws depend on beside the logits; None: nothing
     prompt_logprobs  per token of the prompt so far, where the first sample is asked for them
     scheduled_s   when it was first computed, by the clock of `time.perf_counter`
@@ -100,7 +101,8 @@ class Sequence:
         self._own_ends = frozenset(params.stop_token_ids or ())
         # A tokenizer may name end tokens that the model has no row for: they cannot come.
         # Under a grammar an end token comes where nothing else may: it ends the text in any case.
-        is_endless = params.ignore_eos and params.structure is None
+        self.has_grammar = params.structure is not None
+        is_endless = params.ignore_eos and not self.has_grammar
         ends = () if is_endless else tokenizer.eos_token_ids
         self._ends = frozenset(token for token in ends if token < vocab_size)
         self.history = constraints.history(params, self.num_prompt, self.end_tokens)
@@ -187,7 +189,7 @@ class Sequence:
     def _takes_end(self, token: int) -> bool:
         output = self.output
         is_due = self.num_output >= self.params.min_tokens
-        is_end = token in self._ends and (is_due or self.params.structure is not None)
+        is_end = token in self._ends and (is_due or self.has_grammar)
         if not is_end and not (token in self._own_ends and is_due):
             self._push(self._detokenizer.push([token]))
             if self._stops is not None and self._stops.matched is not None:

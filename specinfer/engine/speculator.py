@@ -258,7 +258,7 @@ class Speculator:
 
     def _own_sources(self, sequence: Sequence) -> tuple[bool, bool]:
         """Whether a prediction and a grammar propose something."""
-        return bool(sequence.prediction), sequence.params.structure is not None
+        return bool(sequence.prediction), sequence.has_grammar
 
     def _urgency(self, sequence: Sequence, num_spans: int) -> float:
         goal_s = sequence.params.target_tpot_s
