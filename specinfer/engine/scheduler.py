@@ -50,7 +50,7 @@ class Scheduler:
     """Who waits, who runs, and what each does in a step.
 
     waiting  in the order of admission: by `due`, then by arrival
-    running  in no order that matters
+    running  by priority, then by arrival: the last gives way first
     """
 
     def __init__(
@@ -121,19 +121,20 @@ class Scheduler:
         left. While somebody writes, all prompts of a step together are one chunk.
         """
         self._clock += 1
-        num_preemptions = self._stats.num_preemptions
-        jobs = [Job(each, 1, True) for each in self._secure_roots()]
-        budget = self._config.max_num_batched_tokens - len(jobs)
+        num_preemptions, budget = self._stats.num_preemptions, self._config.max_num_batched_tokens
+        jobs = [Job(each, 1, True) for each in self._secure_roots(budget)]
+        num_writing, budget = len(jobs), budget - len(jobs)
         chunk = min(budget, self._config.chunked_prefill_size) if jobs else budget
         left = chunk
-        for sequence in sorted((s for s in self.running if s.num_pending > 1), key=_turn):
-            left -= self._compute(sequence, left, jobs)
-        if num_preemptions == self._stats.num_preemptions:
+        if num_writing < len(self.running):
+            prompts = [each for each in self.running if each.num_pending > 1]
+            for sequence in sorted(prompts, key=_turn):
+                left -= self._compute(sequence, left, jobs)
+        if self.waiting and num_preemptions == self._stats.num_preemptions:
             self._look_again()
             while left > 0 and (admitted := self._admit()) is not None:
                 left -= self._compute(admitted, left, jobs)
-        writing = [job for job in jobs if job.sequence.num_pending == 1]
-        self._give_nodes(writing, budget + left - chunk)
+        self._give_nodes(jobs, num_writing, budget + left - chunk)
         self._gauge()
         return jobs
 
@@ -168,24 +169,26 @@ class Scheduler:
 
     # --- who has a place --------------------------------------------------------------------------
 
-    def _secure_roots(self) -> list["Sequence"]:
+    def _secure_roots(self, most: int) -> list["Sequence"]:
         """Those that write and may go on, each with a place for its root."""
-        writing = sorted((s for s in self.running if s.num_pending == 1), key=_rank)
         secured = []
-        for sequence in writing[: self._config.max_num_batched_tokens]:
-            if sequence.pages is not None and self._secure(sequence):
+        for sequence in [each for each in self.running if each.num_pending == 1][:most]:
+            if sequence.pages is None:
+                break  # gave way, and so did all that come after
+            num_known = len(sequence.tokens)
+            if num_known <= sequence.pages.capacity or self._make_room(sequence, num_known):
                 secured.append(sequence)
         for sequence in secured:  # only now: from here on nobody gives way
             self._publish(sequence, len(sequence.tokens))
         return secured
 
-    def _secure(self, sequence: "Sequence") -> bool:
-        """Make a place for a root, if need be by sending back who ranks last, itself perhaps."""
+    def _make_room(self, sequence: "Sequence", num_tokens: int) -> bool:
+        """Give a root its block, if need be by sending back who ranks last, itself perhaps."""
         assert sequence.pages is not None
-        while not self._allocator.extend(sequence.pages, len(sequence.tokens)):
+        while not self._allocator.extend(sequence.pages, num_tokens):
             if self._trim():
                 continue
-            last = max(self.running, key=_rank)
+            last = self.running[-1]
             self._preempt(last)
             if last is sequence:
                 return False
@@ -226,7 +229,7 @@ class Scheduler:
             )
             if sequence.pages is None and not self._trim():
                 return None
-        self.running.append(self.waiting.pop(0))
+        insort(self.running, self.waiting.pop(0), key=_rank)
         sequence.num_computed = len(shared) * self._allocator.block_size
         if self._reads_cache(sequence) and not sequence.stats.num_preemptions:
             sequence.stats.num_cached_tokens = sequence.num_computed
@@ -234,15 +237,24 @@ class Scheduler:
             self._stats.num_prefix_hits += sequence.num_computed
         return sequence
 
-    def _give_nodes(self, jobs: list[Job], budget: int) -> None:
-        """Trees: equal shares of the tokens and of the blocks that are left."""
-        for done, job in enumerate(jobs):
+    def _give_nodes(self, jobs: list[Job], num_writing: int, budget: int) -> None:
+        """Trees: equal shares of the tokens and of the blocks that are left.
+
+        num_writing  jobs that are roots alone; others are, where all but a prompt's last token was
+                     shared
+        """
+        writing = jobs[:num_writing]
+        writing += [job for job in jobs[num_writing:] if job.sequence.num_pending == 1]
+        for done, job in enumerate(writing):
             sequence, num_known = job.sequence, len(job.sequence.tokens)
             assert sequence.pages is not None
-            nodes = min(sequence.max_nodes, budget // len(jobs))
-            if num_known + nodes > sequence.pages.capacity:
-                share = self._allocator.num_free // (len(jobs) - done) * self._allocator.block_size
-                nodes = min(nodes, sequence.pages.capacity + share - num_known)
+            nodes, capacity = (
+                min(sequence.max_nodes, budget // len(writing)),
+                sequence.pages.capacity,
+            )
+            if num_known + nodes > capacity:
+                share = self._allocator.num_free // (len(writing) - done)
+                nodes = min(nodes, capacity + share * self._allocator.block_size - num_known)
                 self._allocator.extend(sequence.pages, num_known + nodes)
             job.max_nodes = nodes
 
