@@ -148,7 +148,7 @@ class Sequence:
     @property
     def reads_cache(self) -> bool:
         """Whether K and V that are there will do: not where all the prompt's logits are due."""
-        return self.params.prompt_logprobs is None or self.num_output > 0
+        return self.prompt_logprobs is None or self.num_output > 0
 
     @property
     def end_tokens(self) -> frozenset[int]:
