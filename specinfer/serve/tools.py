@@ -85,8 +85,11 @@ class ToolUse:
         return cls(tuple(body.tools), kind, name, found, body.parallel_tool_calls)
 
     def prompt_tools(self) -> list[dict[str, Any]] | None:
-        """The tools as chat templates know them."""
-        return [tool.model_dump(exclude_unset=True) for tool in self.tools] or None
+        """The tools as chat templates know them; without parameters a function takes none."""
+        shown = [tool.model_dump(exclude_unset=True) for tool in self.tools]
+        for each, tool in zip(shown, self.tools, strict=True):
+            each["function"].setdefault("parameters", _parameters(tool))
+        return shown or None
 
     def sampling_fields(self) -> dict[str, Any]:
         """What the choice asks of `SamplingParams`.
