@@ -1,8 +1,10 @@
 """`specinfer bench serve` against a server whose delays are known, and against ours."""
 
+import asyncio
 import json
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from specinfer.loadtest.client import Record
 from specinfer.loadtest.plan import LoadTest, read_goals
 from specinfer.loadtest.prompts import bundled_prompts, choose, read_prompts
 from specinfer.loadtest.run import arrivals
+from specinfer.loadtest.run import run as send
 from specinfer.loadtest.summary import summarise
 from tests.command_line import refuses, run
 from tests.fake_openai import fake_server
@@ -37,11 +40,14 @@ def test_known_delays_are_found(endpoint: str) -> None:
     assert (found["completed"], found["failed"], found["model"]) == (8, 0, "fake")
     assert found["total_output_tokens"] == 8 * 15
     assert found["total_input_tokens"] == 8 * 7
-    # The first text, not the role; gaps of chunks, and the time per token of three in each
-    for name, low_ms in (("ttft", 200), ("itl", 50), ("tpot", 200 / 14), ("e2el", 400)):
+    # No sleep ends early; how late it is heard of is bounded by sums, not by a busy machine's clock
+    for name, low_ms in (("ttft", 200), ("e2el", 400)):
         for statistic in ("mean", "p50", "p90"):
-            assert low_ms * 0.98 <= found[f"{statistic}_{name}_ms"] <= low_ms * 1.3 + 60, name
-    assert found["p50_itl_ms"] > 2 * found["p50_tpot_ms"]
+            assert found[f"{statistic}_{name}_ms"] >= low_ms * 0.98, name
+    ttft, itl, tpot, e2el = (found[f"mean_{n}_ms"] for n in ("ttft", "itl", "tpot", "e2el"))
+    assert ttft + 4 * itl == pytest.approx(e2el, rel=1e-3)  # gaps of chunks, after the first text
+    assert ttft + 14 * tpot == pytest.approx(e2el, rel=1e-3)  # time per token of three in each
+    assert e2el < found["duration"] * 1e3
     assert found["output_throughput"] == pytest.approx(120 / found["duration"])
     assert found["request_throughput"] == pytest.approx(8 / found["duration"])
     assert len(fake.bodies) == 8
@@ -82,15 +88,32 @@ def test_never_more_at_a_time_than_asked() -> None:
         assert fake.most == 3
         bench(url, "--num-prompts", "12")
         assert fake.most == 12
-    assert found["p90_ttft_ms"] < 90  # waiting for a place is not the server's
+    # Waiting for a place is not the server's: three at a time have three times the run in all
+    assert 12 * found["mean_e2el_ms"] < 3 * found["duration"] * 1e3
 
 
-def test_requests_arrive_at_their_times_however_slow_the_server_is() -> None:
-    with fake_server(first_s=0.6) as (url, fake):
+def test_requests_come_however_slow_the_server_is() -> None:
+    with fake_server(first_s=2.0) as (url, fake):
         bench(url, "--num-prompts", "10", "--request-rate", "40", "--seed", "3")
-    came = np.array(fake.arrive_s) - fake.arrive_s[0]
-    expected = np.array(arrivals(10, 40.0, seed=3))
-    assert np.abs(came - (expected - expected[0])).max() < 0.15
+    assert fake.most == 10
+
+
+def test_requests_are_sent_at_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    async def ask(prompt: Any) -> Any:
+        return prompt
+
+    stopped = SimpleNamespace(perf_counter=lambda: 100.0)
+    waiting = SimpleNamespace(**vars(asyncio) | {"sleep": sleep})
+    monkeypatch.setattr("specinfer.loadtest.run.time", stopped)
+    monkeypatch.setattr("specinfer.loadtest.run.asyncio", waiting)
+    at_s = arrivals(10, 40.0, seed=3)
+    assert asyncio.run(send(ask, range(10), at_s)) == (list(range(10)), 0.0)  # type: ignore[arg-type]
+    assert waited == pytest.approx(at_s)
 
 
 def test_the_body_is_what_was_asked_for(tmp_path: Path) -> None:

@@ -131,16 +131,15 @@ def test_the_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_port_in_use_is_told_before_anything_is_loaded() -> None:
+def test_a_port_in_use_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specinfer.cli.serve._load", None)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        start = time.monotonic()
         refuses(
             run("serve", "zoo:parley", "--port", port), [f"port={port}", "another --host or --port"]
         )
-        assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ JOB = Job(
 )
 
 
-def test_twenty_seconds_of_hostile_clients_violate_nothing() -> None:
-    command = ["scripts/soak", "--seconds", "20"]
+def test_some_seconds_of_hostile_clients_violate_nothing() -> None:
+    command = ["scripts/soak", "--seconds", "8"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "same as offline" in done.stdout
