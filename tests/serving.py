@@ -5,15 +5,17 @@ import copy
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 
 from specinfer.async_llm import AsyncLLM, StepUpdate
+from specinfer.engine.scheduler import Job
 from specinfer.request import CompletionOutput, RequestOutput, RequestStats, SamplingParams
 from specinfer.serve.app import make_app
 from specinfer.serve.settings import ServerSettings
@@ -63,6 +65,35 @@ def until(condition: Any, timeout_s: float = 10, pause_s: float = 0.005) -> None
     while not condition():
         assert time.monotonic() < end, "it never came true"
         time.sleep(pause_s)
+
+
+class Held:
+    """Notes whom each step computes, and holds one step up, after it was scheduled.
+
+    steps      per step: the ids of its requests
+    at         the step to hold: the first for which this is true of `steps`
+    under_way  set while that step is held; `go_on` lets it go
+    """
+
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        monkeypatch: pytest.MonkeyPatch,
+        at: Callable[[list[set[str]]], bool],
+    ) -> None:
+        self.steps: list[set[str]] = []
+        self.under_way, self.go_on = threading.Event(), threading.Event()
+        self._at = at
+        self._schedule = llm.llm.engine.scheduler.schedule
+        monkeypatch.setattr(llm.llm.engine.scheduler, "schedule", self._hold)
+
+    def _hold(self) -> list[Job]:
+        jobs = self._schedule()
+        self.steps.append({job.sequence.request_id for job in jobs})
+        if not self.under_way.is_set() and self._at(self.steps):
+            self.under_way.set()
+            assert self.go_on.wait(60)
+        return jobs
 
 
 class Scripted:
