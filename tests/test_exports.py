@@ -51,6 +51,21 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert out.stdout.split() == []
 
 
+def test_the_first_token_needs_no_compiler_and_no_transformers() -> None:
+    """Each takes longer to import than the bundled pair to load and to begin."""
+    heavy = ("transformers", "torch._dynamo", "torch._inductor", "sympy", "triton", "fastapi")
+    code = (
+        "import sys; from specinfer import LLM; "
+        "llm = LLM('zoo:parley', drafters='zoo:parley-draft', max_model_len=64); "
+        "next(llm.stream('Once upon a time')); "
+        f"print(*[name for name in {heavy} if name in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert out.stdout.split() == []
+
+
 def test_the_version_is_written_once() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert "version" in project["dynamic"]

@@ -82,7 +82,9 @@ class Decoder(nn.Module):
         self.architecture = architecture
         self._rotary = Rotary(architecture.rope, architecture.head_dim)
         with torch.device("meta"):
-            self.embedding = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
+            # Its constructor would fill it at random, and for that import torch's compiler: 1.5 s.
+            rows = torch.empty(architecture.vocab_size, architecture.hidden_size)
+            self.embedding: nn.Embedding = nn.Embedding.from_pretrained(rows, freeze=False)
             self.layers = nn.ModuleList(
                 DecoderLayer(architecture) for _ in range(architecture.num_layers)
             )
