@@ -200,6 +200,20 @@ def test_nobody_is_let_in_who_would_soon_be_sent_back() -> None:
     assert allocator.num_free == 6, "5 for the prompt leave 1 for two that write"
 
 
+def test_places_are_those_that_run_while_memory_is_short() -> None:
+    scheduler = scheduler_with(BlockAllocator(8, 4), max_num_seqs=4)
+    everybody = fakes((4, 30), (4, 30), (20, 30))
+    queue(scheduler, everybody)
+    assert scheduler._stats.num_places == 4
+    step(scheduler)
+    assert scheduler._stats.num_places == len(scheduler.running) == 2
+    scheduler.remove(everybody[2])  # type: ignore[arg-type]
+    assert scheduler._stats.num_places == 4, "nobody waits for memory any more"
+    while not everybody[1].stats.num_preemptions:
+        step(scheduler)
+    assert scheduler._stats.num_places == len(scheduler.running) == 1
+
+
 # --- shared texts ---------------------------------------------------------------------------------
 
 

@@ -226,6 +226,17 @@ def test_too_many_wait(llm: AsyncLLM) -> None:
     until(lambda: free_blocks(llm.llm.engine) == full)
 
 
+def test_who_waits_for_memory_waits(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = service_of(llm, max_waiting=1)
+    monkeypatch.setattr(llm.llm.engine.stats, "num_places", 2)  # of 4
+    service.num_taken = 1
+    service._check_places(2)
+    for num, status in ((3, 503), (6, 400)):
+        with pytest.raises(ApiError) as caught:
+            service._check_places(num)
+        assert caught.value.status == status
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_request_that_takes_too_long(llm: AsyncLLM, stream: bool) -> None:
     full = free_blocks(llm.llm.engine)

@@ -63,6 +63,7 @@ class Scheduler:
         self._config = config
         self._stats = stats
         self._clock = 0  # steps so far
+        self._is_short = False  # of memory for the next in the queue, when last looked at
         self._gauge()
 
     @property
@@ -130,7 +131,8 @@ class Scheduler:
             prompts = [each for each in self.running if each.num_pending > 1]
             for sequence in sorted(prompts, key=_turn):
                 left -= self._compute(sequence, left, jobs)
-        if self.waiting and num_preemptions == self._stats.num_preemptions:
+        self._is_short = num_preemptions < self._stats.num_preemptions
+        if self.waiting and not self._is_short:
             self._look_again()
             while left > 0 and (admitted := self._admit()) is not None:
                 left -= self._compute(admitted, left, jobs)
@@ -164,6 +166,8 @@ class Scheduler:
     def _gauge(self) -> None:
         self._stats.num_waiting = len(self.waiting)
         self._stats.num_running = len(self.running)
+        is_short = self._is_short and self.waiting
+        self._stats.num_places = len(self.running) if is_short else self._config.max_num_seqs
         self._stats.num_blocks = self._allocator.num_blocks
         self._stats.num_blocks_used = self._allocator.num_blocks - self._allocator.num_free
 
@@ -228,6 +232,7 @@ class Scheduler:
                 spare=len(self.running),
             )
             if sequence.pages is None and not self._trim():
+                self._is_short = True
                 return None
         insort(self.running, self.waiting.pop(0), key=_rank)
         sequence.num_computed = len(shared) * self._allocator.block_size

@@ -46,6 +46,8 @@ class EngineStats:
                        V were there already
     num_goals          requests that ended with a latency goal, and num_goals_met of them in time
     num_running, num_waiting      sequences, now
+    num_places                    sequences that may run together, now: while the next in the queue
+                                  has too little memory, those that do
     num_blocks, num_blocks_used   blocks of the cache, and those that somebody refers to, now
     sums               what speculation did, for all requests together
     steps_by_nodes     how many steps had so many drafted nodes, those of all sequences together
@@ -66,6 +68,7 @@ class EngineStats:
     num_goals_met: int = 0
     num_running: int = 0
     num_waiting: int = 0
+    num_places: int = 0
     num_blocks: int = 0
     num_blocks_used: int = 0
     sums: RequestStats = field(default_factory=RequestStats)

@@ -25,7 +25,8 @@ class ServerSettings:
                        repeated; None: only its own page
     max_body_bytes     a longer request body is refused
     max_prompt_tokens  a longer prompt is refused; None: what the context holds
-    max_waiting        continuations that may wait for a place; beyond these, 503 with Retry-After
+    max_waiting        continuations that may wait because max_num_seqs run, or as many as memory
+                       holds; a request with which more would wait gets 503 with Retry-After
     request_timeout_s  seconds until an unfinished request is ended with 504; None: never
     drain_seconds      how long SIGTERM lets running requests finish
     tool_call_parser   how the model writes tool calls: hermes, llama3_json or mistral; None: as its

@@ -35,7 +35,6 @@ class Service:
         self.model_names = tuple(settings.served_model_name) or (model,)
         self.created = int(time.time())
         self.metrics = Metrics(llm.llm.engine, self.model_names[0], settings.metrics_prefix)
-        self._num_places = llm.llm.engine.config.max_num_seqs + settings.max_waiting
         self.num_taken = 0
         self.is_draining = False
         self._numbers = itertools.count()
@@ -114,13 +113,15 @@ class Service:
     def _check_places(self, num: int) -> None:
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
-        if num > self._num_places:
+        engine, max_waiting = self.llm.llm.engine, self.settings.max_waiting
+        most = engine.config.max_num_seqs + max_waiting
+        if num > most:
             raise ApiError(
                 400,
-                f"the request asks for {num} continuations and the server takes "
-                f"{self._num_places} at once: split it",
+                f"the request asks for {num} continuations and the server takes {most} at once: "
+                "split it",
             )
-        if self.num_taken + num > self._num_places:
+        if self.num_taken + num > engine.stats.num_places + max_waiting:
             raise ApiError(
                 503,
                 "too many requests wait: try again in a moment",
