@@ -24,7 +24,7 @@ from torch import Tensor
 
 from specinfer import baselines, sampling, verify
 from specinfer.draft import drawing, growth
-from specinfer.draft.base import Draft, Pick
+from specinfer.draft.base import Draft, DrafterFailedError, Pick
 from specinfer.tree import TokenTree, union
 from specinfer.verify import Verdict, follow
 from tests.helpers import children, top_k_tokens
@@ -269,6 +269,26 @@ class ToyPicker(ToyDrafter):
         self.asked.append([(draft.key, list(nodes)) for draft, nodes in frontier])
         contexts = [own_context(draft, node) for draft, nodes in frontier for node in nodes]
         return [self.picks(each) for each in contexts]
+
+
+class FailingToy(ToyDrafter):
+    """Another drafter that fails, until the next step, once certain paths are asked about."""
+
+    def __init__(self, drafter: ToyDrafter, seed: int) -> None:
+        super().__init__(drafter.toy, drafter.name)
+        self.drafter, self.seed = drafter, seed
+        self.is_failed = False
+
+    def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Any:
+        if any(0 in nodes for _, nodes in frontier):  # a new step
+            self.is_failed = False
+        paths = [context(draft.tree, node) for draft, nodes in frontier for node in nodes]
+        self.is_failed |= any(
+            np.random.default_rng([self.seed, 7, *path]).random() < 0.4 for path in paths if path
+        )
+        if self.is_failed:
+            raise DrafterFailedError(self.name)
+        return self.drafter.expand(frontier)
 
 
 def own_context(draft: Draft, node: int) -> Tokens:

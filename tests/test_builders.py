@@ -29,6 +29,7 @@ from tests.oracle import (
     KINDS,
     ROOT,
     After,
+    FailingToy,
     ToyDrafter,
     ToyPicker,
     continued,
@@ -236,6 +237,42 @@ def test_every_builder_is_exact(builder: str, mix: str) -> None:
         drafted = drafted_by(make, drafters, request)
         for verifier in VERIFIERS:
             assert_exact(target, drafted, verifier, request.max_depth + 1)
+
+
+@pytest.mark.parametrize("mix", ["one model", "two models", "n-gram last"])
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_a_drafter_that_fails_by_what_was_drawn_shifts_nothing(builder: str, mix: str) -> None:
+    start = BUILDERS.index(builder)
+    for seed in range(start, start + 2):
+        target, drafters = failing(mix, seed)
+        make, request = builders(seed, len(drafters))[builder]
+        drafted = drafted_by(make, drafters, request)
+        for verifier in VERIFIERS:
+            assert_exact(target, drafted, verifier, request.max_depth + 1)
+
+
+@pytest.mark.parametrize("verifier", LAW_VERIFIERS)
+@pytest.mark.parametrize("builder", ["best-first", "calibrated, deep", "shape", "paths"])
+def test_taking_a_failed_drafters_tree_back_shows(builder: str, verifier: Any) -> None:
+    def shift(seed: int) -> float:
+        target, drafters = failing("one model", seed)
+        make, request = builders(seed)[builder]
+        grow = step(make, [request], drafters)
+
+        def grow_or_nothing(rng: Any) -> TokenTree:
+            (grown,) = grow(rng)
+            return TokenTree(ROOT) if drafters[0].is_failed else grown.tree
+
+        drafted = outcomes(grow_or_nothing)
+        return measure_drafted(target, drafted, verifier, request.max_depth + 1).deviation
+
+    assert max(map(shift, range(6))) > SHIFTED
+
+
+def failing(mix: str, seed: int) -> tuple[Any, list[Any]]:
+    """A target, and drafters each of which fails at some paths."""
+    target, drafters = sources(mix, KINDS[seed % len(KINDS)], seed)
+    return target, [FailingToy(drafter, seed + n) for n, drafter in enumerate(drafters)]
 
 
 @pytest.mark.parametrize("mix", ["one model", "n-gram first", "two models"])

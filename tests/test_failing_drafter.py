@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from specinfer.config import Speculation
+from specinfer.config import EngineConfig, Speculation
 from specinfer.draft.base import Draft, Drafter, Pick
 from specinfer.draft.ngram import NgramDrafter
 from specinfer.engine.engine import Engine
@@ -100,13 +100,32 @@ def toy_model() -> Drafter:
     return model_drafter(toy_decoder(8, vocab_size=VOCAB, num_hidden_layers=1), 1600)
 
 
-def test_unseeded_samples_go_on_by_the_target_alone(target: Decoder) -> None:
-    """Whatever was drawn for the lost tree is not looked at: the step draws from the target."""
-    engine = engine_of(target, [Failing(model_drafter(target, 1600), "expand", 4)])
+@pytest.mark.parametrize(("at", "num_drafts"), [(4, 1), (5, 2)])
+def test_what_was_drawn_before_the_failure_is_verified(
+    target: Decoder, at: int, num_drafts: int
+) -> None:
+    """A tree of three levels; then one that ends at its root, or behind its first level."""
+    engine = engine_of(target, [Failing(model_drafter(target, 1600), "expand", at)])
     [sequence] = engine.add("0", PROMPTS[0], SamplingParams(max_tokens=24))
     finish(engine)
     assert sequence.num_output == 24
-    assert sequence.stats.num_drafts == 1, "one tree of three levels, then none"
+    assert sequence.stats.num_drafts == num_drafts
+
+
+def test_a_drafter_that_fails_while_it_catches_up(
+    target: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter = model_drafter(target, 1600)
+    monkeypatch.setattr(drafter, "feed", lambda draft, count: 1 / 0)
+    config = EngineConfig(block_size=4, chunked_prefill_size=8)
+    speculation = Speculation(tree="2,2,1")
+    engine = toy_engine(target, [drafter], num_blocks=400, speculation=speculation, config=config)
+    params = SamplingParams(temperature=0, max_tokens=12)
+    texts = [[1, 2, 3], [*range(1, 21)]]
+    sequences = [engine.add(str(n), text, params)[0] for n, text in enumerate(texts)]
+    finish(engine)
+    assert [sequence.num_output for sequence in sequences] == [12, 12]
+    assert list(engine.stats.failed_drafters) == [drafter.name]
 
 
 def test_the_log_says_so_once(target: Decoder, caplog: pytest.LogCaptureFixture) -> None:

@@ -36,6 +36,14 @@ class Draft:
     history: History | None = None
 
 
+class DrafterFailedError(Exception):
+    """A drafter can say nothing more: a tree keeps what was grown, and grows on without it.
+
+    Taking back what was drawn would look at it: whether a drafter fails may depend on the tokens it
+    is asked about. Where growth ends may: the drafts to come are fresh whatever has come.
+    """
+
+
 class Drafter(Protocol):
     """Proposes continuations. A model, or anything else that knows what may come next."""
 
@@ -50,6 +58,7 @@ class Drafter(Protocol):
                   whose parents were expanded before, in the same step
         returns   for requests and nodes in the given order, either [nodes, vocab] float32 logits,
                   or a list of picks per node, likeliest first, [] where it knows nothing
+        raises    DrafterFailedError, and nothing else, where it is served by the engine
         """
         ...
 

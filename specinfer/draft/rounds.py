@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from specinfer.draft.base import Draft, Drafter, Pick
+from specinfer.draft.base import Draft, Drafter, DrafterFailedError, Pick
 from specinfer.draft.calibration import Calibration
 from specinfer.draft.growth import Growth, Guesses, guess, likeliest
 
@@ -174,10 +174,13 @@ class Rounds:
             nodes: dict[int, list[int]] = {}
             for candidate in chosen:
                 nodes.setdefault(candidate.index, []).append(candidate.node)
-            said = guess(
-                self._drafters[source],
-                [(self._growths[i], self._drafts[i], own) for i, own in nodes.items()],
-            )
+            try:
+                said = guess(
+                    self._drafters[source],
+                    [(self._growths[i], self._drafts[i], own) for i, own in nodes.items()],
+                )
+            except DrafterFailedError:
+                continue
             pairs = [(i, node) for i, own in nodes.items() for node in own]
             self.answers[source] = (said, {pair: row for row, pair in enumerate(pairs)})
             for i, own in nodes.items():

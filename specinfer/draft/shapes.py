@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from specinfer.draft.base import Draft, Drafter
+from specinfer.draft.base import Draft, Drafter, DrafterFailedError
 from specinfer.draft.growth import Grown, Growth, Guesses, guess, likeliest
 from specinfer.sampling import add_iid, add_picks, add_without_replacement
 from specinfer.tree import Floats, TokenTree, union
@@ -147,7 +147,10 @@ class ShapeBuilder:
     def _draw(self, drafter: Drafter, parts: Sequence[_Part], source: int) -> None:
         depth = 0
         while asked := [part for part in parts if part.level and depth < part.depth]:
-            said = guess(drafter, [(part.growth, part.draft, part.level) for part in asked])
+            try:
+                said = guess(drafter, [(part.growth, part.draft, part.level) for part in asked])
+            except DrafterFailedError:
+                return
             slots = _Slots(said, max(self._widths(part, depth) for part in asked))
             for part in asked:
                 part.level = self._add_level(part, depth, slots, source)

@@ -25,7 +25,7 @@ from specinfer.engine.controller import (
 from specinfer.engine.measure import Report
 from specinfer.engine.scheduler import Job
 from specinfer.engine.sequence import Sequence
-from specinfer.engine.stats import HOST_PARTS, DrafterFailedError, EngineStats, TimedDrafter
+from specinfer.engine.stats import HOST_PARTS, EngineStats, TimedDrafter
 from specinfer.engine.work import Work
 from specinfer.errors import ConfigError
 from specinfer.tree import TokenTree
@@ -123,10 +123,7 @@ class Speculator:
                 groups.setdefault(kind, []).append((work, growth))
         for kind, members in groups.items():
             growths = [growth for _, growth in members]
-            try:
-                grown = self._builder(kind, jobs, growths).grow(growths, self.drafters)
-            except DrafterFailedError:
-                continue  # what was drawn is thrown away unseen: roots alone, and the law stands
+            grown = self._builder(kind, jobs, growths).grow(growths, self.drafters)
             for (work, _), each in zip(members, grown, strict=True):
                 work.tree, work.grown = each.tree, each
         return works
@@ -318,7 +315,7 @@ class Speculator:
         if model.missing(draft) <= self._chunked_prefill_size:
             return False
         if self._left_to_feed:
-            with self._stats.timed("draft"):
+            with self.drafters[source].guarded(), self._stats.timed("draft"):
                 model.feed(draft, self._left_to_feed)
             self._left_to_feed = 0
         return True

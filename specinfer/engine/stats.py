@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from specinfer.draft.base import Draft, Drafter, Pick
+from specinfer.draft.base import Draft, Drafter, DrafterFailedError, Pick
 from specinfer.request import RequestStats
 
 _log = logging.getLogger("specinfer")
@@ -116,10 +116,6 @@ class EngineStats:
         return sum(self.seconds[part] for part in HOST_PARTS) / total if total else 0.0
 
 
-class DrafterFailedError(Exception):
-    """A drafter raised: what was being grown with it has no tree in this step."""
-
-
 class TimedDrafter:
     """A drafter whose passes count as "draft", and whose failure ends its service, nobody else's.
 
@@ -141,13 +137,11 @@ class TimedDrafter:
         """
         if self.is_failed:
             raise DrafterFailedError(self.name)
-        start = time.perf_counter()
-        try:
-            with self._stats.timed("draft"):
-                answer = self._drafter.expand(frontier)
-        except Exception as error:
-            self._fail(error)
-            raise DrafterFailedError(self.name) from error
+        start, answer = time.perf_counter(), None
+        with self.guarded(), self._stats.timed("draft"):
+            answer = self._drafter.expand(frontier)
+        if answer is None:
+            raise DrafterFailedError(self.name)
         num_nodes = sum(len(nodes) for _, nodes in frontier)
         num_tokens = getattr(self._drafter, "num_fed", num_nodes)  # drafters without a model: none
         seconds = time.perf_counter() - start
@@ -157,24 +151,25 @@ class TimedDrafter:
     def admit(self, accepted: list[tuple[Draft, list[int]]]) -> None:
         """See `Drafter.admit`."""
         if not self.is_failed:
-            try:
+            with self.guarded():
                 self._drafter.admit(accepted)
-            except Exception as error:
-                self._fail(error)
 
     def drop(self, key: int) -> None:
         """See `Drafter.drop`."""
         if not self.is_failed:
-            try:
+            with self.guarded():
                 self._drafter.drop(key)
-            except Exception as error:
-                self._fail(error)
 
-    def _fail(self, error: Exception) -> None:
-        self.is_failed = True
-        self._stats.failed_drafters[self.name] = repr(error)
-        _log.error(
-            "drafter %s failed and is dropped: serving goes on without it",
-            self.name,
-            exc_info=error,
-        )
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Ask something of the drafter; where that raises, its service ends."""
+        try:
+            yield
+        except Exception as error:
+            self.is_failed = True
+            self._stats.failed_drafters[self.name] = repr(error)
+            _log.error(
+                "drafter %s failed and is dropped: serving goes on without it",
+                self.name,
+                exc_info=error,
+            )
