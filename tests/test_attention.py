@@ -1,6 +1,7 @@
 """Twin: the plan attends as the reference does, over ragged, odd and empty batches."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from specinfer.ops import attention
 from specinfer.ops.attention import AttentionPlan, Segment, attention_reference
 
 FLOAT32_ERROR = 2e-6
@@ -155,6 +157,42 @@ def test_long_prompt_chunks(prefix: int, window: int | None) -> None:
     expected = attention_reference(q, k, v, segments, 0.3, window)
     actual = plan_of(segments, 3, torch.float32)(q, k, v, window)
     assert (actual - expected).abs().max().item() <= FLOAT32_ERROR
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("window", [None, 2, 16])
+@pytest.mark.parametrize(("num_queries", "prefix"), [(8, 1), (9, 40), (23, 5), (23, 0)])
+def test_pieces_of_long_chunks(
+    num_queries: int,
+    prefix: int,
+    window: int | None,
+    scattered: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "_MOST_QUERIES", 8)
+    chunk = causal_segment(num_queries, prefix)
+    if scattered:
+        slots = np.random.default_rng(0).permutation(NUM_SLOTS - 20)[: chunk.num_keys]
+        chunk = replace(chunk, slots=slots)
+    tree = Segment(3, slice(150, 160), 7, ancestors([-1, 0, 0]), [7, 8, 8], [7, 8, 8])
+    segments = [chunk, tree]
+    q, k, v = random_inputs(segments, 3, 2, dtype, 0)
+    expected = attention_reference(q, k, v, segments, 0.3, window).float()
+    actual = plan_of(segments, 3, dtype)(q, k, v, window).float()
+    scale = float(v.nan_to_num().abs().max())
+    limit = FLOAT32_ERROR if dtype == torch.float32 else BFLOAT16_ERROR * scale
+    assert (actual - expected).abs().max().item() <= limit
+
+
+def test_masks_of_a_long_chunk_are_one() -> None:
+    chunk = causal_segment(2048, 16384)
+    plan = plan_of([chunk], 4, torch.bfloat16)
+    biases = [part.bias for part in plan._prepare(None) if part.bias is not None]
+    assert len(biases) == 8
+    assert len({bias.untyped_storage().data_ptr() for bias in biases}) == 1
+    assert biases[0].untyped_storage().nbytes() == 2 * 4 * 256 * (2048 + 16384)
 
 
 def test_layers_with_different_windows_share_a_plan() -> None:
