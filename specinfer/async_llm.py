@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,10 +166,26 @@ class AsyncLLM:
     async def prepare(self, params: SamplingParams) -> None:
         """Compile what a request's output must be: that may take a while, and steps go on.
 
+        In a thread of its own that nothing waits for at the end: compiling cannot be interrupted,
+        and the event loop's threads have others' prompts to encode.
+
         raises  RequestError for a schema or grammar that cannot be understood
         """
-        if params.structure is not None:
-            await asyncio.to_thread(self.llm.engine.constraints.prepare, params)
+        if params.structure is None:
+            return
+        compiled: Future[None] = Future()
+
+        def compile_it() -> None:
+            try:
+                self.llm.engine.constraints.prepare(params)
+            except BaseException as error:  # it is the caller's, whatever it is
+                compiled.set_exception(error)
+            else:
+                compiled.set_result(None)
+
+        compiled.set_running_or_notify_cancel()
+        threading.Thread(target=compile_it, name="specinfer-grammar", daemon=True).start()
+        await asyncio.wrap_future(compiled)
 
     def submit(
         self,

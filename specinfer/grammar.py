@@ -5,6 +5,7 @@ where the paths part and down again, so that a tree costs about one token per no
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,13 @@ _MAX_WHITESPACE = 10
 bound small models write nothing else: with 20, 3 of 200 texts of the bundled pair did not end."""
 
 _CACHE_BYTES = 256 * 2**20
+
+_MOST_BYTES = _CACHE_BYTES // 4
+"""Of one compiled grammar: what `compile` made must still be in the cache when `matcher` asks."""
+
+_MOST_CHARACTERS = 1 << 18
+"""Of a schema, expression or grammar, or all choices together. How long compiling takes is told by
+nothing so simple: 700 choices of 245,000 characters take 15 s and 0.3 GB, most texts far less."""
 
 
 class GrammarCompiler:
@@ -55,15 +63,19 @@ class GrammarCompiler:
             vocab_size=len(pieces),
             stop_token_ids=sorted(end_tokens),
         )
-        self._compiler = self._xgrammar.GrammarCompiler(info, cache_limit_bytes=_CACHE_BYTES)
+        self._compiler = self._xgrammar.GrammarCompiler(
+            info,
+            max_threads=max(1, (os.cpu_count() or 2) // 2),  # the models want the others
+            cache_limit_bytes=_CACHE_BYTES,
+        )
 
     def compile(self, asked: StructuredOutputsParams) -> Any:
         """The grammar of what was asked for: xgrammar's CompiledGrammar.
 
-        raises  RequestError where it is none
+        raises  RequestError where it is none, or too large
         """
         try:
-            return self._compile(asked)
+            grammar = self._compile(asked)
         except (RuntimeError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -72,6 +84,12 @@ class GrammarCompiler:
             raise RequestError(
                 f"structured_outputs.{asked.kind} cannot be compiled: {reason.rstrip('. ')}"
             ) from None
+        if (size := grammar.memory_size_bytes) > _MOST_BYTES:
+            raise RequestError(
+                f"structured_outputs.{asked.kind} is a grammar of {size} bytes and {_MOST_BYTES} "
+                "are allowed: make it smaller"
+            )
+        return grammar
 
     def matcher(self, asked: StructuredOutputsParams) -> "PathMatcher":
         """A matcher of its own for one text."""
@@ -79,23 +97,33 @@ class GrammarCompiler:
         return PathMatcher(matcher, self._vocab_size, self._end_tokens, self._encode)
 
     def _compile(self, asked: StructuredOutputsParams) -> Any:
-        compiler = self._compiler
+        compiler, text = self._compiler, _text_of(asked)
+        if len(text) > _MOST_CHARACTERS:
+            raise RequestError(
+                f"structured_outputs.{asked.kind} has {len(text)} characters and "
+                f"{_MOST_CHARACTERS} are allowed: make it smaller"
+            )
         if asked.regex is not None:
-            return compiler.compile_regex(asked.regex)
+            return compiler.compile_regex(text)
         if asked.choice is not None:
-            literals = " | ".join(json.dumps(each) for each in asked.choice)
-            return compiler.compile_grammar(f"root ::= {literals}")
+            return compiler.compile_grammar(text)
         if asked.grammar is not None:
-            if "::=" in asked.grammar:
-                return compiler.compile_grammar(asked.grammar)
-            return compiler.compile_lark(asked.grammar)
-        schema = {"type": "object"} if asked.json is None else asked.schema
+            return (compiler.compile_grammar if "::=" in text else compiler.compile_lark)(text)
         return compiler.compile_json_schema(
-            json.dumps(schema),
+            text,
             any_whitespace=not asked.disable_any_whitespace,
             max_whitespace_cnt=None if asked.disable_any_whitespace else _MAX_WHITESPACE,
             strict_mode=asked.json is not None,
         )
+
+
+def _text_of(asked: StructuredOutputsParams) -> str:
+    """What is compiled: an expression, a grammar or a JSON schema."""
+    if asked.choice is not None:
+        return "root ::= " + " | ".join(json.dumps(each) for each in asked.choice)
+    if asked.json is not None:
+        return json.dumps(asked.schema)
+    return asked.regex or asked.grammar or '{"type": "object"}'
 
 
 class PathMatcher:

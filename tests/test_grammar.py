@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from specinfer import grammar
 from specinfer.errors import DependencyError, RequestError
 from specinfer.grammar import GrammarCompiler, PathMatcher, single_token
 from specinfer.history import pack
@@ -254,3 +255,14 @@ def test_a_whole_text_by_masks_alone_is_valid(compiler: GrammarCompiler) -> None
         assert 0 <= value["age"] <= 120
         assert value["mood"] in ("happy", "sad")
         assert list(value) == ["name", "age", "mood"]
+
+
+def test_what_is_too_large_is_refused(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for asked in ({"choice": ["a" * 999] * 300}, {"regex": "a" * 300_000}):
+        with pytest.raises(RequestError, match="characters and 262144 are allowed"):
+            compiler.compile(StructuredOutputsParams(**asked))
+    monkeypatch.setattr(grammar, "_MOST_BYTES", 10)
+    with pytest.raises(RequestError, match="bytes and 10 are allowed"):
+        compiler.compile(StructuredOutputsParams(regex="[0-9]+"))

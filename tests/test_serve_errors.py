@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -237,6 +238,28 @@ def test_who_waits_for_memory_waits(llm: AsyncLLM, monkeypatch: pytest.MonkeyPat
         assert caught.value.status == status
 
 
+def test_grammars_that_take_too_long(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is refused and keeps its place until it is done; requests without one are served."""
+    pytest.importorskip("xgrammar")
+    service, go_on = service_of(llm, grammar_timeout_s=0.02), threading.Event()
+    asked = {"prompt": "Once", "max_tokens": 4, "structured_outputs": {"regex": "[a-z]+"}}
+    with serving(service) as url:
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.llm.engine.constraints, "prepare", lambda params: go_on.wait(60))
+            for _ in range(4):
+                error = refusal(post(url, COMPLETIONS, asked), 400)
+                assert "longer than 0.02 s to compile" in error["message"]
+                assert error["param"] == "structured_outputs"
+            answer = post(url, COMPLETIONS, asked)
+            assert refusal(answer, 503)["code"] == "overloaded"
+            assert answer.headers["retry-after"] == "1"
+            assert post(url, COMPLETIONS, {"prompt": "x", "max_tokens": 1}).status_code == 200
+        go_on.set()
+        until(lambda: not service._compiling)
+        service.settings = ServerSettings()
+        assert post(url, COMPLETIONS, asked).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_request_that_takes_too_long(llm: AsyncLLM, stream: bool) -> None:
     full = free_blocks(llm.llm.engine)
@@ -335,6 +358,7 @@ def test_a_waiting_request_survives_a_failed_step(
         ({"max_body_bytes": 0}, "max_body_bytes"),
         ({"drain_seconds": -1}, "drain_seconds"),
         ({"request_timeout_s": 0}, "request_timeout_s"),
+        ({"grammar_timeout_s": 0}, "grammar_timeout_s"),
         ({"tool_call_parser": "mine"}, "hermes"),
         ({"log_format": "xml"}, "logfmt"),
         ({"api_key": ("",)}, "api_key"),

@@ -28,6 +28,7 @@ class ServerSettings:
     max_waiting        continuations that may wait because max_num_seqs run, or as many as memory
                        holds; a request with which more would wait gets 503 with Retry-After
     request_timeout_s  seconds until an unfinished request is ended with 504; None: never
+    grammar_timeout_s  seconds that compiling one schema, expression or grammar may take; then 400
     drain_seconds      how long SIGTERM lets running requests finish
     tool_call_parser   how the model writes tool calls: hermes, llama3_json or mistral; None: as its
                        chat template shows, where it does
@@ -45,6 +46,7 @@ class ServerSettings:
     max_prompt_tokens: int | None = None
     max_waiting: int = 1024
     request_timeout_s: float | None = None
+    grammar_timeout_s: float = 10.0
     drain_seconds: float = 30.0
     tool_call_parser: ToolFormat | None = None
     log_format: LogFormat = "logfmt"
@@ -59,7 +61,8 @@ class ServerSettings:
         check_integer("max_waiting", self.max_waiting, least=0)
         if self.max_prompt_tokens is not None:
             check_integer("max_prompt_tokens", self.max_prompt_tokens, least=1)
-        for name, least in (("drain_seconds", 0), ("request_timeout_s", 1e-3)):
+        least_s = {"drain_seconds": 0, "request_timeout_s": 1e-3, "grammar_timeout_s": 1e-3}
+        for name, least in least_s.items():
             value = getattr(self, name)
             if value is not None and not (is_number(value) and value >= least):
                 raise ConfigError(f"{name}={value!r} must be a number of at least {least}")

@@ -17,6 +17,9 @@ from specinfer.serve.settings import ServerSettings
 _SHORT = 2_000
 """Characters that are encoded sooner than another thread could be asked to."""
 
+_MOST_COMPILING = 4
+"""Grammars compiled at once: some take for ever, and others' requests go on meanwhile."""
+
 
 class Service:
     """One model, served.
@@ -37,6 +40,7 @@ class Service:
         self.metrics = Metrics(llm.llm.engine, self.model_names[0], settings.metrics_prefix)
         self.num_taken = 0
         self.is_draining = False
+        self._compiling: set[asyncio.Future[None]] = set()
         self._numbers = itertools.count()
 
     def resolve_model(self, asked: str | None) -> str:
@@ -96,7 +100,7 @@ class Service:
         for prompt in prompts:
             check_room(self.llm.llm, len(prompt), params, self.settings.max_prompt_tokens)
         num = len(prompts) * params.n
-        await self.llm.prepare(params)
+        await self._prepare(params)
         self._check_places(num)
         name = f"{answer_id}/{next(self._numbers)}"  # clients may send one id twice
         stream = self.llm.submit([(prompt, params) for prompt in prompts], name)
@@ -110,6 +114,37 @@ class Service:
             raise
         return run
 
+    async def _prepare(self, params: SamplingParams) -> None:
+        """Compile what a request's output must be, within a time, and not too many at once.
+
+        What takes longer goes on, for it cannot be interrupted, and keeps its place.
+
+        raises  ApiError 400 where it takes too long, 503 where all places are taken
+        """
+        if params.structure is None:
+            return
+        if len(self._compiling) >= _MOST_COMPILING:
+            raise _overloaded("too many grammars are being compiled: try again in a moment")
+        compiling = asyncio.ensure_future(self.llm.prepare(params))
+        self._compiling.add(compiling)
+        compiling.add_done_callback(self._note_compiled)
+        limit_s = self.settings.grammar_timeout_s
+        done, _ = await asyncio.wait((compiling,), timeout=limit_s)
+        if not done:
+            raise ApiError(
+                400,
+                f"structured_outputs.{params.structure.kind} takes longer than {limit_s:g} s to "
+                "compile (grammar_timeout_s): make it simpler",
+                code="invalid_value",
+                param="structured_outputs",
+            )
+        compiling.result()
+
+    def _note_compiled(self, compiling: "asyncio.Future[None]") -> None:
+        self._compiling.discard(compiling)
+        if not compiling.cancelled():
+            compiling.exception()  # looked at, even where nobody waits for it any more
+
     def _check_places(self, num: int) -> None:
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
@@ -122,15 +157,14 @@ class Service:
                 "split it",
             )
         if self.num_taken + num > engine.stats.num_places + max_waiting:
-            raise ApiError(
-                503,
-                "too many requests wait: try again in a moment",
-                code="overloaded",
-                headers={"Retry-After": "1"},
-            )
+            raise _overloaded("too many requests wait: try again in a moment")
 
     def _leave(self, num: int) -> None:
         self.num_taken -= num
+
+
+def _overloaded(message: str) -> ApiError:
+    return ApiError(503, message, code="overloaded", headers={"Retry-After": "1"})
 
 
 class Run:
