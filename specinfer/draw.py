@@ -11,13 +11,12 @@ A drawing holds plain values, so that it outlives the step it was made from.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rich.cells import cell_len
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from specinfer.engine.engine import StepTrace
+from specinfer.request import StepTree
 
 State = Literal["root", "accepted", "drafted", "target"]
 
@@ -86,36 +85,29 @@ class DrawnStep:
         return sorted(found, key=lambda index: not self.nodes[index].is_emitted)
 
 
-def read_step(
-    trace: "StepTrace", text_of: Callable[[int], str], sources: Sequence[str]
-) -> DrawnStep:
+def read_step(step: StepTree, text_of: Callable[[int], str]) -> DrawnStep:
     """Take from a step what there is to draw.
 
     text_of  a token id's text
-    sources  the drafters' names, in the order of the engine's
     """
-    tree, verdict = trace.tree, trace.verdict
-    emitted = set(verdict.path[: trace.num_new])
-    chances = {tree.slots[slot].node: chance for slot, chance in verdict.examined}
-    names: list[dict[str, None]] = [{} for _ in tree.tokens]
-    for slot in tree.slots:
-        names[slot.node][sources[slot.source]] = None
-    nodes = [
-        DrawnNode(
-            token_id=token,
-            text=text_of(token),
-            parent=tree.parents[node],
-            depth=tree.depths[node],
-            state="root" if node == 0 else "accepted" if node in emitted else "drafted",
-            sources=tuple(names[node]),
-            chance=chances.get(node),
+    nodes = []
+    for number, node in enumerate(step.nodes):
+        looked_at = [slot.ratio for slot in node.slots if slot.ratio is not None]
+        nodes.append(
+            DrawnNode(
+                token_id=node.token_id,
+                text=text_of(node.token_id),
+                parent=node.parent,
+                depth=node.depth,
+                state="root" if number == 0 else "accepted" if node.accepted else "drafted",
+                sources=tuple(dict.fromkeys(slot.source for slot in node.slots)),
+                chance=looked_at[-1] if looked_at else None,
+            )
         )
-        for node, token in enumerate(tree.tokens)
-    ]
-    if trace.num_new > len(verdict.path):  # else the text ended on the path
-        last = verdict.path[-1] if verdict.path else 0
-        token = verdict.next_token
-        nodes.append(DrawnNode(token, text_of(token), last, tree.depths[last] + 1, "target"))
+    if step.emitted and step.emitted[-1].source == "target":  # else the text ended on the path
+        token = step.emitted[-1].token_id
+        last = max(number for number, node in enumerate(nodes) if node.state != "drafted")
+        nodes.append(DrawnNode(token, text_of(token), last, nodes[last].depth + 1, "target"))
     return DrawnStep(tuple(nodes))
 
 

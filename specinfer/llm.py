@@ -7,7 +7,8 @@ Prompts given together share every step.
 """
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -222,17 +223,26 @@ class LLM:
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             sampling_params = sampling_params or self.default_chat_params()
             prompt = self.tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
-        request = self.submit(prompt, sampling_params or self.default_sampling_params())  # type: ignore[arg-type]
-        try:
-            num_seen = 0
-            while not request.is_finished:
-                self.engine.step()
+        params, num_seen = sampling_params or self.default_sampling_params(), 0
+        with closing(self.steps(prompt, params)) as steps:  # type: ignore[arg-type]
+            for request in steps:
                 output = request.output()
                 if output.finished or output.stats.num_output_tokens > num_seen:
                     num_seen = output.stats.num_output_tokens
                     yield output
-            if not output.finished:  # others' steps brought it to its end
-                yield request.output()
+        if not output.finished:  # others' steps brought it to its end
+            yield request.output()
+
+    def steps(self, prompt: Prompt, params: SamplingParams) -> Generator[Pending]:
+        """Submit a request and step until it has ended; leaving early aborts it.
+
+        yields  the request after every step, whatever the step brought it
+        """
+        request = self.submit(prompt, params)
+        try:
+            while not request.is_finished:
+                self.engine.step()
+                yield request
         finally:
             self.abort([request])
 

@@ -1,5 +1,6 @@
 """Pictures of trees: what is drawn where, in text and in SVG, without a model."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
@@ -7,8 +8,10 @@ from xml.etree import ElementTree
 import pytest
 
 from specinfer.draw import DrawnStep, label, place, read_step, to_svg, to_text, visible
+from specinfer.engine.engine import StepTrace
+from specinfer.engine.tracing import StepTime, keep_trees
 from specinfer.tree import TokenTree
-from specinfer.verify import follow
+from specinfer.verify import Verdict, follow
 
 WORDS = {0: "the", 1: " big", 2: " red", 3: " old", 4: " dog", 5: " <cat>\n", 6: "", 7: "\x00"}
 SVG = "{http://www.w3.org/2000/svg}"
@@ -24,9 +27,27 @@ def example(picks: list[int], num_new: int | None = None) -> DrawnStep:
     tree.add(red, 4, source=0)
     tree.add(old, 5, source=1)
     verdict = follow(tree, picks)
-    new = len(verdict.path) + 1 if num_new is None else num_new
-    trace: Any = SimpleNamespace(tree=tree, verdict=verdict, num_new=new)
-    return read_step(trace, WORDS.__getitem__, ["one", "two"])
+    return drawn(tree, verdict, WORDS.__getitem__, num_new)
+
+
+def drawn(
+    tree: TokenTree, verdict: Verdict, text_of: Callable[[int], str], num_new: int | None = None
+) -> DrawnStep:
+    """As the engine leaves it for a request that asks for its trees."""
+    num_new = len(verdict.path) + 1 if num_new is None else num_new
+    sequence: Any = SimpleNamespace(
+        number=0,
+        output=SimpleNamespace(index=0, text=""),
+        stats=SimpleNamespace(num_target_steps=1),
+        text_ends=[0] * num_new,
+        trees=[],
+    )
+    trace = StepTrace(sequence, tree, verdict, num_new)
+    work: Any = SimpleNamespace(tree=tree, grown=None)
+    chances = {0: [1.0] * (len(tree) + 1)}
+    keep_trees([work], [trace], chances, ["one", "two"], StepTime({}, 1, None))
+    (step,) = sequence.trees
+    return read_step(step, text_of)
 
 
 def test_a_step_says_what_became_of_every_node() -> None:
@@ -64,12 +85,11 @@ def test_what_was_emitted_runs_along_the_top() -> None:
 
 def test_a_root_alone() -> None:
     tree = TokenTree(0)
-    trace: Any = SimpleNamespace(tree=tree, verdict=follow(tree, [4]), num_new=1)
-    step = read_step(trace, WORDS.__getitem__, [])
+    step = drawn(tree, follow(tree, [4]), WORDS.__getitem__)
     assert [line.plain for line in to_text(step)] == ["the━━━[·dog]"]
     assert step.title == "nothing drafted, 1 token"
-    trace.num_new = 0
-    assert [line.plain for line in to_text(read_step(trace, WORDS.__getitem__, []))] == ["the"]
+    ended = drawn(tree, follow(tree, [4]), WORDS.__getitem__, num_new=0)
+    assert [line.plain for line in to_text(ended)] == ["the"]
 
 
 @pytest.mark.parametrize("picks", [[1, 3, 0, 4, 0, 0], [1, 2, 4, 0, 0, 0], [0] * 6])
@@ -88,17 +108,15 @@ def test_wide_characters_keep_columns() -> None:
     tree = TokenTree(0)
     tree.add(0, 1)
     tree.add(0, 2)
-    trace: Any = SimpleNamespace(tree=tree, verdict=follow(tree, [1, 2, 0]), num_new=2)
     words = ["木木", "木", "x"]
-    lines = to_text(read_step(trace, words.__getitem__, ["one"]))
+    lines = to_text(drawn(tree, follow(tree, [1, 2, 0]), words.__getitem__))
     assert [line.plain for line in lines] == ["木木━┯━木━━━[x]", "     └─x"]
 
 
 def test_what_cannot_be_seen_is_shown() -> None:
     assert visible(" a\n\t\x00") == "·a⏎⇥\\x00"
     tree = TokenTree(6)
-    trace: Any = SimpleNamespace(tree=tree, verdict=follow(tree, [7]), num_new=1)
-    step = read_step(trace, WORDS.__getitem__, [])
+    step = drawn(tree, follow(tree, [7]), WORDS.__getitem__)
     assert [label(node) for node in step.nodes] == ["#6", "[\\x00]"]
 
 

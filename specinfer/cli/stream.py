@@ -5,7 +5,7 @@ An engine stopped half-way through a step would not do for the next question.
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -50,18 +50,12 @@ def stream_text(
     returns  all of it; after Ctrl-C what there is, with finish_reason "abort"
     """
     num_written = 0
-    request = llm.submit(prompt, params)
-    try:
-        with noted_interrupts() as interrupt:
-            while not request.is_finished:
-                if interrupt.was_pressed:
-                    llm.abort([request])
-                else:
-                    llm.engine.step()
-                text = request.sequences[0].output.text
-                if len(text) > num_written:
-                    write(text[num_written:])
-                num_written = len(text)
-    finally:
-        llm.abort([request])  # only where something above raised
+    with noted_interrupts() as interrupt, closing(llm.steps(prompt, params)) as steps:
+        for request in steps:
+            if interrupt.was_pressed:
+                llm.abort([request])
+            text = request.sequences[0].output.text
+            if len(text) > num_written:
+                write(text[num_written:])
+            num_written = len(text)
     return request.output()

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,14 +78,10 @@ def _steps(
 ) -> "Generator[DrawnStep, None, None]":
     from specinfer.draw import read_step
 
-    sources = [drafter.name for drafter in llm.engine.speculator.drafters]
-    request = llm.submit(prompt, params)
-    try:
-        while not request.is_finished:
-            for trace in llm.engine.step():
-                yield read_step(trace, lambda token: _token_text(llm, token), sources)
-    finally:
-        llm.abort([request])
+    with closing(llm.steps(prompt, replace(params, include_tree=True))) as running:
+        for request in running:
+            for step in request.output().trees:
+                yield read_step(step, lambda token: _token_text(llm, token))
 
 
 def _token_text(llm: "LLM", token: int) -> str:
