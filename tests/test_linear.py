@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specinfer.ops.linear import STREAMING_ROWS, can_pack, has_native, linear, pack
+from specinfer.ops.linear import STREAMING_ROWS, can_pack, has_native, linear, pack, padded
 
 CPU = torch.device("cpu")
 # The largest difference, in units of the row's sum of |x| |w|: the order of a float32 sum, and
@@ -46,6 +46,13 @@ def strided_inputs(rows, inputs, dtype, generator):
     yield wide[:, inputs:]  # a fused product's part: rows further apart than they are long
     yield wide[:, ::2]
     yield torch.randn(inputs, rows, generator=generator).to(dtype).t()
+
+
+def test_few_numbers_of_rows_are_multiplied() -> None:
+    sizes = {rows: padded(rows) for rows in range(1, 2049)}
+    assert len(set(sizes.values())) == 144
+    assert all(rows <= size <= rows * 17 / 16 for rows, size in sizes.items())
+    assert [padded(rows, fewest_rows=6) for rows in (1, 6, 7, 65)] == [6, 6, 7, 68]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
