@@ -68,8 +68,7 @@ class Segment:
         seen = np.ones((self.num_queries, self.num_keys), np.bool_)
         seen[:, self.prefix :] = region
         if window is not None:
-            keys = np.concatenate([np.arange(self.prefix), np.asarray(self.region_positions)])
-            seen &= np.asarray(self.query_positions)[:, None] - keys[None, :] < window
+            seen &= self.distances() < window
         return seen
 
     def piece(self, start: int, stop: int) -> "Segment":
@@ -82,6 +81,13 @@ class Segment:
             slots = self.slots[:num_keys]
         return Segment(stop - start, slots, self.prefix + start, None, positions, positions)
 
+    def distances(self) -> npt.NDArray[np.int64]:
+        """[queries, keys]: how many positions each key is behind each query."""
+        region = np.asarray(self.region_positions, np.int64)
+        keys = np.concatenate([np.arange(self.prefix), region])
+        queries = np.asarray(self.query_positions, np.int64)
+        return np.subtract.outer(queries, keys)  # type: ignore[no-any-return]
+
 
 def attention_reference(
     q: Tensor,
@@ -90,11 +96,16 @@ def attention_reference(
     segments: Sequence[Segment],
     scale: float,
     window: int | None = None,
+    *,
+    softcap: float | None = None,
+    alibi: Tensor | None = None,
 ) -> Tensor:
     """Attend in float32, one request and one head group at a time: the contract, word by word.
 
     q                 [tokens, heads, head_dim], the segments' queries one after the other
     k_pages, v_pages  [kv_heads, slots, head_dim]
+    softcap           scores become softcap * tanh(score / softcap)
+    alibi             [heads] float32: taken from a score per position that the key is behind
     returns           [tokens, heads, head_dim] in q's dtype
     """
     out = torch.empty_like(q)
@@ -105,6 +116,11 @@ def attention_reference(
         k = k_pages[:, segment.slots].float().repeat_interleave(group, 0)
         v = v_pages[:, segment.slots].float().repeat_interleave(group, 0)
         scores = torch.einsum("nhd,hkd->hnk", q[rows].float(), k) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if alibi is not None:
+            behind = torch.from_numpy(segment.distances()).to(q.device)
+            scores = scores - alibi[:, None, None] * behind
         seen = segment.visible(window)
         if seen is not None:
             scores = scores.masked_fill(~torch.from_numpy(seen).to(q.device), -torch.inf)
