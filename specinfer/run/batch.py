@@ -38,6 +38,23 @@ class Span:
 
 
 @dataclass(slots=True)
+class Flat:
+    """Spans one after the other, on the host.
+
+    tokens, positions  [tokens]
+    writes             per span, where its K and V are written
+    segments           one per span, for attention
+    rows               the tokens that need logits
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    writes: list[slice | npt.NDArray[np.int64]]
+    segments: list[Segment]
+    rows: list[int]
+
+
+@dataclass(slots=True)
 class Batch:
     """Spans as flat tensors.
 
@@ -54,20 +71,17 @@ class Batch:
     logits_rows: Tensor | None
 
 
-def flatten(spans: Sequence[Span], device: torch.device) -> Batch:
+def lay_out(spans: Sequence[Span]) -> Flat:
     """Lay spans out one after the other."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    writes: list[slice | npt.NDArray[np.int64]] = []
-    segments: list[Segment] = []
-    rows: list[int] = []
+    flat = Flat([], [], [], [], [])
     for span in spans:
-        tokens.extend(span.tokens)
-        positions.extend(span.positions)
-        rows.extend(range(len(tokens) - span.num_logits, len(tokens)))
+        flat.tokens.extend(span.tokens)
+        flat.positions.extend(span.positions)
+        stop = len(flat.tokens)
+        flat.rows.extend(range(stop - span.num_logits, stop))
         stop = span.start + len(span.tokens)
-        writes.append(span.pages.slots(span.start, stop))
-        segments.append(
+        flat.writes.append(span.pages.slots(span.start, stop))
+        flat.segments.append(
             Segment(
                 num_queries=len(span.tokens),
                 slots=span.pages.slots(0, stop),
@@ -77,19 +91,30 @@ def flatten(spans: Sequence[Span], device: torch.device) -> Batch:
                 region_positions=span.region_positions or span.positions,
             )
         )
+    return flat
+
+
+def flatten(spans: Sequence[Span], device: torch.device) -> Batch:
+    """Lay spans out as tensors."""
+    flat = lay_out(spans)
     return Batch(
-        tokens=torch.tensor(tokens, device=device),
-        positions=torch.tensor(positions, device=device),
-        slots=_join(writes, device),
-        segments=segments,
+        tokens=torch.tensor(flat.tokens, device=device),
+        positions=torch.tensor(flat.positions, device=device),
+        slots=_join(flat.writes, device),
+        segments=flat.segments,
         logits_rows=None
-        if len(rows) == len(tokens)
-        else torch.tensor(rows, dtype=torch.int64, device=device),
+        if len(flat.rows) == len(flat.tokens)
+        else torch.tensor(flat.rows, dtype=torch.int64, device=device),
     )
 
 
 def _join(writes: Sequence[slice | npt.NDArray[np.int64]], device: torch.device) -> slice | Tensor:
     if len(writes) == 1 and isinstance(writes[0], slice):
         return writes[0]
+    return torch.from_numpy(slots_of(writes)).to(device)
+
+
+def slots_of(writes: Sequence[slice | npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """Every slot that is written, in order."""
     parts = [np.arange(w.start, w.stop) if isinstance(w, slice) else w for w in writes]
-    return torch.from_numpy(np.concatenate(parts)).to(device)
+    return np.concatenate(parts)

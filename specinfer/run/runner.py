@@ -9,6 +9,7 @@ from specinfer.cache.pool import KVPool
 from specinfer.models.decoder import Decoder
 from specinfer.ops.attention import AttentionPlan
 from specinfer.run.batch import Span, flatten
+from specinfer.run.graph import device_steps
 
 
 class Runner:
@@ -22,11 +23,13 @@ class Runner:
         self.pool = KVPool(
             num_layers=architecture.num_layers,
             kv_heads=architecture.num_kv_heads,
-            num_slots=num_slots,
+            # On a GPU one more, which takes what padded steps write.
+            num_slots=num_slots + (self.device.type == "cuda"),
             head_dim=architecture.head_dim,
             dtype=decoder.dtype,
             device=decoder.device,
         )
+        self._device_steps = device_steps(decoder, self.pool, scratch=num_slots)
 
     @torch.inference_mode()
     def run(self, spans: Sequence[Span]) -> Tensor:
@@ -35,6 +38,8 @@ class Runner:
         returns  [rows, vocab] float32: the spans' last `num_logits` tokens, one span after the
                  other
         """
+        if self._device_steps is not None:
+            return self._device_steps.run(spans)
         batch = flatten(spans, self.device)
         architecture = self.decoder.architecture
         plan = AttentionPlan(
