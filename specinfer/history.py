@@ -278,7 +278,7 @@ class RowEdits:
         """
 
         def put(values: npt.ArrayLike, dtype: npt.DTypeLike = np.int64) -> Tensor:
-            return torch.from_numpy(np.asarray(values, dtype)).to(device)
+            return torch.from_numpy(np.asarray(values, dtype)).to(device, non_blocking=True)
 
         allowed = [(start + r, bits) for start, _, e in edits for r, bits in e.allowed.items()]
         bans = [(start + r, t) for start, _, e in edits for r, ts in e.banned.items() for t in ts]

@@ -76,7 +76,8 @@ class RowFilters:
         runs    per request its parameters and its number of rows, in the order of the rows; not
                 empty
         edits   per request what its history does to its rows; () where none has any
-        cost    O(rows) on the host, and one small copy to the device per filter asked for
+        cost    O(rows) on the host, and one small copy to the device per filter asked for, without
+                waiting for the device
         """
         counts = [count for _, count in runs]
         params = [_PLAIN if each.is_greedy else each for each, _ in runs]
@@ -85,7 +86,7 @@ class RowFilters:
             if not asked:
                 return None
             rows = np.repeat(np.array(values, dtype), counts)[:, None]
-            return torch.from_numpy(rows).to(device)
+            return torch.from_numpy(rows).to(device, non_blocking=True)
 
         temperatures = [each.temperature for each in params]
         log_min_ps = [math.log(each.min_p) if each.min_p else -math.inf for each in params]
@@ -97,11 +98,13 @@ class RowFilters:
             starts = np.cumsum([0, *counts]).tolist()
             rows = zip(starts[:-1], counts, edits, strict=True)
             edited = [(start, count, each) for start, count, each in rows if each is not None]
+        greedy_rows = None
+        if any(greedy):
+            greedy_rows = torch.from_numpy(np.flatnonzero(np.repeat(greedy, counts)))
+            greedy_rows = greedy_rows.to(device, non_blocking=True)
         return cls(
             num_rows=sum(counts),
-            greedy=torch.from_numpy(np.flatnonzero(np.repeat(greedy, counts))).to(device)
-            if any(greedy)
-            else None,
+            greedy=greedy_rows,
             edits=RowEdits.of(edited, device=device) if edited else None,
             temperature=column(any(x != 1 for x in temperatures), temperatures, np.float32),
             min_p=column(max(log_min_ps) > -math.inf, log_min_ps, np.float32),

@@ -49,7 +49,6 @@ class KVPool:
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Copy slots to slots in every layer at once: all are read before any is written."""
         if sources:
-            device = self._pages.device
-            source = torch.tensor(sources, device=device)
-            target = torch.tensor(targets, device=device)
+            slots = torch.tensor([sources, targets])
+            source, target = slots.to(self._pages.device, non_blocking=True)
             self._pages.index_copy_(3, target, self._pages.index_select(3, source))

@@ -25,6 +25,7 @@ from specinfer.draft.rounds import (
     Told,
     Values,
 )
+from specinfer.ops.transfer import to_host
 from specinfer.sampling import draw
 from specinfer.tree import PICK, Floats, Law, TokenTree
 
@@ -168,7 +169,7 @@ class Drawing:
             return
         told = {source: Told(said, 8) for source, (said, _) in rounds.answers.items()}
         laws = {
-            source: said.laws.cpu().numpy()
+            source: to_host(said.laws)[0]
             for source, (said, _) in rounds.answers.items()
             if said.laws is not None
         }

@@ -18,6 +18,7 @@ from specinfer.config import Draw
 from specinfer.draft.base import Draft, Drafter, Pick
 from specinfer.draft.calibration import Features, Fortune, Regime
 from specinfer.history import Edits, History
+from specinfer.ops.transfer import to_host
 from specinfer.request import SamplingParams
 from specinfer.sampling import RowFilters, SeededNoise, target_laws
 from specinfer.tree import TokenTree
@@ -164,7 +165,9 @@ def _tilted(laws: Tensor, growth: Growth, draft: Draft, nodes: list[int]) -> Ten
     assert growth.noise is not None
     known = len(growth.tokens)
     noise = np.stack([growth.noise.row(known + draft.tree.depths[node]) for node in nodes])
-    return torch.softmax(laws.log() + torch.from_numpy(noise).to(laws.device), -1)
+    return torch.softmax(
+        laws.log() + torch.from_numpy(noise).to(laws.device, non_blocking=True), -1
+    )
 
 
 def likeliest(laws: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -175,4 +178,5 @@ def likeliest(laws: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
         tokens = rows.argmax(-1)[:, None]  # numpy's is far faster than torch's here
         return tokens, np.take_along_axis(rows, tokens, -1)
     top = laws.topk(count, -1)
-    return top.indices.cpu().numpy(), top.values.cpu().numpy()
+    tokens, probabilities = to_host(top.indices, top.values)
+    return tokens, probabilities

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from specinfer.draft.base import Draft, Drafter, DrafterFailedError
 from specinfer.draft.growth import Grown, Growth, Guesses, guess, likeliest
+from specinfer.ops.transfer import to_host
 from specinfer.sampling import add_iid, add_picks, add_without_replacement
 from specinfer.tree import Floats, TokenTree, union
 
@@ -201,7 +202,7 @@ class _Slots:
             add_picks(tree, node, self._tokens[row][:width], source=source)
             return
         if self._rows is None:
-            self._rows = self._said.laws.cpu().numpy()
+            self._rows = to_host(self._said.laws)[0]
         add = add_iid if growth.draw == "iid" else add_without_replacement
         add(tree, node, self._rows, row, width, growth.rng, source=source)
 

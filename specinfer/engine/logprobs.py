@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from specinfer.engine.work import Work
+from specinfer.ops.transfer import to_host
 from specinfer.request import Logprob, Logprobs
 from specinfer.text.tokenizer import Tokenizer
 from specinfer.verify import Verdict
@@ -59,12 +60,11 @@ def logprobs_of(
     """
     laws = torch.log_softmax(logits.float(), -1)
     own = laws.gather(-1, torch.tensor(tokens, device=laws.device)[:, None])
-    ranks = (laws >= own).sum(-1).tolist()
+    ranks = (laws >= own).sum(-1)
     top = laws.topk(laws.shape[-1] if num_top < 0 else min(num_top, laws.shape[-1]), -1)
     noted = []
-    for token, value, rank, likeliest, values in zip(
-        tokens, own[:, 0].tolist(), ranks, top.indices.tolist(), top.values.tolist(), strict=True
-    ):
+    columns = (array.tolist() for array in to_host(own[:, 0], ranks, top.indices, top.values))
+    for token, value, rank, likeliest, values in zip(tokens, *columns, strict=True):
         row = {token: Logprob(value, rank, tokenizer.token_text(token))}
         for place, (other, of_other) in enumerate(zip(likeliest, values, strict=True), start=1):
             row[other] = Logprob(of_other, place, tokenizer.token_text(other))

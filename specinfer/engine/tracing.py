@@ -46,9 +46,9 @@ def chances_of(
         if work.job.sequence.params.include_tree:
             tree, laws = work.tree, laws_of(work, logits[start:stop])
             last = verdict.path[-1] if verdict.path else 0
-            after = torch.tensor([*tree.parents[1:], last])
-            tokens = torch.tensor([*tree.tokens[1:], verdict.next_token])
-            chances[work.job.sequence.number] = [1.0, *laws.cpu()[after, tokens].tolist()]
+            places = ([*tree.parents[1:], last], [*tree.tokens[1:], verdict.next_token])
+            after, tokens = torch.tensor(places).to(laws.device, non_blocking=True)
+            chances[work.job.sequence.number] = [1.0, *laws[after, tokens].tolist()]
         start = stop
     return chances
 

@@ -10,7 +10,9 @@ from specinfer.baselines import verify_gbv, verify_kseq
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.work import Work
 from specinfer.history import Edits
+from specinfer.ops.transfer import to_host
 from specinfer.sampling import RowFilters, greedy_picks, seeded_pick, target_laws
+from specinfer.tree import Floats
 from specinfer.verify import Verdict, follow, verify_match, verify_topdown, verify_traversal
 
 _VERIFIERS = {
@@ -59,9 +61,8 @@ def _verify_kind(kind: str, works: ListLike[Work], logits: Tensor) -> list[Verdi
         return _follow_all(works, greedy_picks(logits, filters))
     p = target_laws(logits, filters)
     if kind == "seeded":
-        noise = np.concatenate([_noise(work) for work in works])
-        return _follow_all(works, seeded_pick(p, torch.from_numpy(noise).to(p.device)))
-    laws, verdicts, start = p.cpu().numpy(), [], 0
+        return _follow_all(works, seeded_pick(p, _noise(works, p.device)))
+    (laws,), verdicts, start = to_host(p), [], 0
     for work in works:
         sequence = work.job.sequence
         verifier = _VERIFIERS[sequence.verifier]
@@ -90,13 +91,20 @@ def _edits(work: Work) -> Edits | None:
     return sequence.history.edits(sequence.tokens, tree, range(len(tree)))
 
 
-def _noise(work: Work) -> np.ndarray:
-    """[nodes, vocab]: what decides the token after each node, by its position alone."""
-    sequence = work.job.sequence
-    assert sequence.noise is not None
-    return np.stack(
-        [sequence.noise.row(len(sequence.tokens) + depth) for depth in work.tree.depths]
-    )
+def _noise(works: ListLike[Work], device: torch.device) -> Tensor:
+    """[nodes, vocab]: what decides the token after each node, by its position alone.
+
+    Nodes of one depth share a row, which goes to the device once.
+    """
+    rows, row_of = list[Floats](), list[int]()
+    for work in works:
+        sequence, depths = work.job.sequence, work.tree.depths
+        assert sequence.noise is not None
+        row_of += [len(rows) + depth for depth in depths]
+        first = len(sequence.tokens)
+        rows += [sequence.noise.row(first + depth) for depth in range(max(depths) + 1)]
+    noise = torch.from_numpy(np.stack(rows)).to(device, non_blocking=True)
+    return noise[torch.tensor(row_of).to(device, non_blocking=True)]
 
 
 def _follow_all(works: ListLike[Work], picks: Tensor) -> list[Verdict]:
