@@ -129,7 +129,7 @@ def _measure_case(
     expected = attention_reference(q.float(), k, v, segments, scale)
     error = float((run().float() - expected).norm() / expected.norm())
     # A replay has no gaps in which the GPU waits for the host.
-    timed_run = CudaCapture(device)(run)[0] if device.type == "cuda" else run
+    timed_run = CudaCapture(device)(run) if device.type == "cuda" else run
     seconds = timed(timed_run, device, size.repeats)
     return {
         "case": case.name,

@@ -40,8 +40,8 @@ _SPARE_NUMBERS = 2**16
 """Room in a graph's array beside a slot table of the whole cache."""
 
 Replay = Callable[[], None]
-Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
-"""capture(step) -> (replay, result): each replay computes the step anew into the same result."""
+Capture = Callable[[Callable[[], object]], Replay]
+"""capture(step) -> replay, which does anew what the step did, with the same tensors."""
 
 
 class Shape(NamedTuple):
@@ -105,7 +105,11 @@ class DeviceSteps:
             scratch + _SPARE_NUMBERS, dtype=torch.int32, device=decoder.device
         )
         self._partials = partial_sums(_PARTIAL_ROWS, a.num_kv_heads, a.head_dim, decoder.device)
-        self._graphs: dict[Shape, tuple[Replay, Tensor]] = {}
+        # Of all graphs: each would keep a result of its own otherwise.
+        self._logits = torch.empty(
+            (LADDER[-1], a.vocab_size), dtype=torch.float32, device=decoder.device
+        )
+        self._graphs: dict[Shape, Replay] = {}
 
     def run(self, spans: ListLike[Span]) -> Tensor:
         """Compute spans as `Runner.run` does; the result is the caller's own."""
@@ -119,14 +123,14 @@ class DeviceSteps:
         if len(numbers) > len(self._numbers) or layout.num_partials > _PARTIAL_ROWS:
             return self._run_eagerly(flat)
         self._numbers[: len(numbers)].copy_(torch.from_numpy(numbers), non_blocking=True)
-        graph = self._graphs.get(shape)
-        if graph is None:
+        replay = self._graphs.get(shape)
+        if replay is None:
             plan = self._plan(layout, self._numbers[start:], self._num_programs, self._partials)
-            graph = self._capture(lambda: self._compute(shape, self._numbers, plan))
-            self._graphs[shape] = graph
-        replay, logits = graph
+            logits = self._logits[:num_rows]
+            replay = self._capture(lambda: logits.copy_(self._compute(shape, self._numbers, plan)))
+            self._graphs[shape] = replay
         replay()
-        return logits[: len(flat.rows)].clone()  # the next replay writes there
+        return self._logits[: len(flat.rows)].clone()  # the next replay writes there
 
     def _run_eagerly(self, flat: Flat) -> Tensor:
         layout = lay_out_attention(flat.segments, self._num_groups, len(flat.tokens))
@@ -187,7 +191,7 @@ class CudaCapture:
         self._device = device
         self._memory = torch.cuda.graph_pool_handle()
 
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+    def __call__(self, step: Callable[[], object]) -> Replay:
         """Capture a step, which computes nothing yet.
 
         Warmed up beside the current stream: a capture may neither compile nor try algorithms out.
@@ -202,5 +206,5 @@ class CudaCapture:
             graph = torch.cuda.CUDAGraph()
             # Thread-local: what other threads do with CUDA does not break the capture.
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                result = step()
-        return graph.replay, result
+                step()
+        return graph.replay
