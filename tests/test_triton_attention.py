@@ -163,11 +163,12 @@ def test_a_flipped_bit_of_the_mask_shows() -> None:
 
 def test_who_shares_the_batch_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "SPLIT_KEYS", 16)
-    one, others = random_tree(5, 60, scattered(65)), [causal_segment(20, 5), causal_segment(1, 90)]
+    # Of the same tile: a GPU has other instructions for other tiles, which add up otherwise.
+    one, others = random_tree(5, 60, scattered(65)), [causal_segment(6, 5), causal_segment(1, 90)]
     q, k, v = random_inputs([*others, one], 2, 1, torch.float32, 0)
     together = attended(plan_of([*others, one], 2), (q, k, v))
-    alone = attended(plan_of([one], 2), (q[21:], k, v))
-    assert torch.equal(together[21:], alone)
+    alone = attended(plan_of([one], 2), (q[7:], k, v))
+    assert torch.equal(together[7:], alone)
 
 
 def test_a_long_chunk_reads_no_key_behind_its_tile() -> None:

@@ -33,8 +33,8 @@ LARGEST_TILE = 128
 several tiles, whose programs run side by side and find the keys in the GPU's cache."""
 
 SPLIT_KEYS = 256
-"""Keys of one work item. A constant, not so many per request that the GPU is full: so a request's
-sums are added up alike whoever shares its batch. Not measured."""
+"""Keys of one work item. A constant, not so many that the GPU is full: so a request's keys are
+split alike whoever shares its batch. Not measured."""
 
 _TILES = (16, 32, 64, LARGEST_TILE)
 _HEADER = 4
