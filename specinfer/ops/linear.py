@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, fewest_rows: i
     x            [n, inputs], any strides, n may be 0
     weight       [outputs, inputs], plain or from `pack`
     bias         [outputs] or None
-    fewest_rows  blocked weights multiply at least so many, zeros below x; see STREAMING_ROWS, padded
+    fewest_rows  blocked weights multiply `padded` rows, zeros below x; see STREAMING_ROWS
     returns      [n, outputs], x's dtype
     error    both accumulate in float32; they differ by the order of the sum, so by some 1e-7 of
              the row's sum of products in float32 and by one rounding in bfloat16
@@ -54,9 +54,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, fewest_rows: i
 def padded(rows: int, fewest_rows: int = 1) -> int:
     """How many rows are multiplied where so many are asked for: at most 1/16 more above 64.
 
-    oneDNN makes a kernel for every number of rows and shape of weight and never gives it back: 0.5 ms
-    at its first use and 0.6 MiB for good (2.2 GiB for one layer's five shapes at 1 to 600 rows). So
-    2,048 numbers of rows become 144.
+    oneDNN makes a kernel for every number of rows and shape of weight: 0.5 ms at its first use,
+    and 0.6 MiB for good (2.2 GiB for a layer's five shapes at 1 to 600 rows). So 2,048 numbers of
+    rows become 144.
     """
     if rows <= 64:
         return max(rows, fewest_rows)
