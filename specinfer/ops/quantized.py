@@ -1,0 +1,275 @@
+"""Products with quantised weights: int8 for both factors, int4 for the weight alone.
+
+    int8    y = s_token · s_output · Σ a w,  a and w in -127…127: exact integers below the scales
+    int4    y = Σ x (s_group · w),           w in -8…7, a scale per group of inputs
+
+Every token has a scale of its own, so a row's result is the same bits alone and in any batch. The
+fast int8 kernel is oneDNN's on VNNI: what it reads from memory is half of bfloat16's.
+"""
+
+import platform
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()
+# Resolved here because a look-up costs microseconds, and absent where torch is built without it.
+_prepack: Any = torch.ops.onednn.qlinear_prepack.default if _HAS_ONEDNN else None
+_multiply: Any = torch.ops.onednn.qlinear_pointwise.default if _HAS_ONEDNN else None
+_pack_int4: Any = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
+_multiply_int4: Any = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+
+_LARGEST = 127
+_ZERO = 128
+"""oneDNN's fast kernel takes activations without a sign: 128 stands for 0."""
+_SMALLEST = 1e-30
+"""Scales are never 0: a row of zeros is zeros in any scale."""
+_CHUNK = 1 << 20
+"""Weights quantised at a time, so that what is computed on the way stays in a cache."""
+_INT4_COLUMNS = 16
+"""torch packs int4 weights of a multiple of so many outputs."""
+
+# What a group's largest weight is divided by; -8 is reached by its own sign alone. The smaller
+# ones clip it, where the rest gains more than it loses.
+_INT4_DIVISORS = (8.0, 7.5, 7.0, 8.5, 9.0, 9.75, 10.5)
+_SCALE_BITS = 5
+"""Significant bits of an int4 scale: so times 4 bits is exact in bfloat16, in whatever kernel."""
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight to int8 with one scale per output.
+
+    weight   [outputs, inputs]
+    returns  values [outputs, inputs] int8, scales [outputs, 1] float32 that bfloat16 holds exactly
+    """
+    values = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(weight.shape[0], 1)
+    for rows in _row_chunks(weight):
+        part = weight[rows].float()
+        scale = (part.abs().amax(-1, keepdim=True) / _LARGEST).clamp_(min=_SMALLEST)
+        scales[rows] = scale = scale.bfloat16().float()
+        values[rows] = (part / scale).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
+    return values, scales
+
+
+def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Round a weight to int4 with one scale per group of inputs.
+
+    Of the scales tried a group has the one with the least sum of squared errors.
+
+    weight   [outputs, inputs], inputs a multiple of group_size
+    returns  values [outputs, inputs] int8 in -8…7, scales [outputs, inputs / group_size] float32,
+             of either sign and few enough bits that value times scale is exact in bfloat16
+    """
+    outputs, inputs = weight.shape
+    values = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(outputs, inputs // group_size)
+    for rows in _row_chunks(weight):
+        part = weight[rows].float().unflatten(-1, (-1, group_size))
+        low, high = part.aminmax(dim=-1, keepdim=True)
+        extreme = torch.where(high > -low, high, low)
+        best = torch.full_like(extreme, torch.inf)
+        scale, kept = torch.zeros_like(extreme), torch.zeros_like(part)
+        for divisor in _INT4_DIVISORS:
+            tried = _few_bits(extreme / -divisor)
+            rounded = (part / tried).round_().clamp_(-8, 7)
+            error = (rounded * tried - part).square_().sum(-1, keepdim=True)
+            is_better = error < best
+            best = torch.where(is_better, error, best)
+            scale = torch.where(is_better, tried, scale)
+            kept = torch.where(is_better, rounded, kept)
+        values[rows] = kept.flatten(1).to(torch.int8)
+        scales[rows] = scale.squeeze(-1)
+    return values, scales
+
+
+def dequantize(values: Tensor, scales: Tensor) -> Tensor:
+    """What quantised weights stand for: [outputs, inputs] float32.
+
+    values   [outputs, inputs] int8
+    scales   [outputs, groups] float32
+    """
+    grouped = values.float().view(*scales.shape, -1)
+    return (grouped * scales[..., None]).view(values.shape)
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round every row to int8 by its own largest value.
+
+    x        [n, inputs], finite
+    returns  [n, inputs] int8, scales [n, 1] float32
+    """
+    # A mul or a div rounds alike at the end of a vector and in its middle; a fused multiply-add
+    # would not, and a row's place in the batch would show. vector_norm and a direct conversion to
+    # uint8 take ten times as long as what is here.
+    x = x.float() if x.dtype != torch.float32 else x.clone()
+    scale = x.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST).mul_(1 / _LARGEST)
+    return x.mul_(scale.reciprocal()).round_().to(torch.int8), scale
+
+
+class QuantizedWeight(ABC):
+    """A weight [outputs, inputs] that multiplies rows."""
+
+    @abstractmethod
+    def multiply(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        fewest_rows: int = 1,
+    ) -> Tensor:
+        """x [n, inputs] @ weight.T + bias: [n, outputs].
+
+        dtype        of what is returned; None: x's
+        fewest_rows  as `ops.linear.linear` has it, where the kernel is oneDNN's
+        """
+
+
+class Int8Weight(QuantizedWeight):
+    """int8 with a scale per output, times activations rounded to int8 with a scale per row.
+
+    error  none against the formula above: sums of integers are exact, scales are applied in
+           float32 one after the other, and the result is rounded once to dtype
+    cost   where the processor has no VNNI the weight is converted at each call: slow, and equal
+    """
+
+    def __init__(self, values: Tensor, scales: Tensor, *, fast: bool = True) -> None:
+        """Take values [outputs, inputs] int8 and scales [outputs, 1] float32."""
+        self._num_outputs = values.shape[0]
+        self._scales = scales.flatten().float()
+        self._packed: Tensor | None = None
+        self._values: Tensor | None = None
+        if fast and has_vnni():
+            self._packed = _prepack(values.contiguous(), None)
+        else:
+            self._values = values.clone()
+
+    def multiply(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        fewest_rows: int = 1,
+    ) -> Tensor:
+        """As the base class says."""
+        rows, dtype = x.shape[0], dtype or x.dtype
+        if rows == 0:
+            return x.new_empty(0, self._num_outputs, dtype=dtype)
+        if rows < fewest_rows:
+            x = F.pad(x, (0, 0, 0, fewest_rows - rows))
+        a, scale = quantize_tokens(x)
+        out = self._integers(a).mul_(scale)[:rows]
+        if bias is not None:
+            out.add_(bias)
+        return out.to(dtype)
+
+    def _integers(self, a: Tensor) -> Tensor:
+        """a [n, inputs] int8 -> Σ a w s_output, [n, outputs] float32."""
+        if self._packed is None:
+            assert self._values is not None
+            return multiply_reference(a, self._values, self._scales)
+        shifted = a.view(torch.uint8).bitwise_xor_(_ZERO)  # + 128 in two's complement
+        return _shifted_product(shifted, self._packed, self._scales)
+
+
+def _shifted_product(shifted: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    return _multiply(  # type: ignore[no-any-return]
+        *(shifted, 1.0, _ZERO, packed, scales, None, None),
+        *(1.0, 0, torch.float32, "none", [], ""),
+    )
+
+
+def multiply_reference(a: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+    """Σ a w s_output in plain PyTorch, with exact sums: float64 holds every integer there can be.
+
+    a        [n, inputs] int8
+    values   [outputs, inputs] int8
+    scales   [outputs] float32
+    returns  [n, outputs] float32
+    """
+    return F.linear(a.double(), values.double()).float().mul_(scales)
+
+
+class Int4Weight(QuantizedWeight):
+    """int4 with a scale per output and group of inputs; activations stay as they are.
+
+    One kernel for any number of rows, so that a row's result is the same bits in every batch. It
+    reads a quarter of bfloat16's bytes and computes in float32: fast for some four rows.
+    error  the sum's order: some 1e-7 of the row's sum of products in float32, in bfloat16 one
+           rounding
+    """
+
+    def __init__(self, values: Tensor, scales: Tensor, *, dtype: torch.dtype, fast: bool = True):
+        """Take values [outputs, inputs] int8 in -8…7 and scales [outputs, groups] float32.
+
+        dtype  of the activations
+        """
+        self._num_outputs = values.shape[0]
+        self._group_size = values.shape[1] // scales.shape[1]
+        self._plain: Tensor | None = None
+        if not fast:
+            self._plain = dequantize(values, scales).to(dtype)
+            return
+        missing = -values.shape[0] % _INT4_COLUMNS
+        shifted = F.pad(values, (0, 0, 0, missing)).to(torch.int32).add_(8)
+        self._packed: Tensor = _pack_int4(shifted, 1)
+        padded = F.pad(scales, (0, 0, 0, missing)).t().to(dtype)
+        self._scales = torch.stack((padded, torch.zeros_like(padded)), -1).contiguous()
+
+    def multiply(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        fewest_rows: int = 1,
+    ) -> Tensor:
+        """As the base class says."""
+        if self._plain is not None:
+            out = F.linear(x, self._plain)
+        elif x.shape[0] == 0:
+            out = x.new_empty(0, self._num_outputs)
+        else:
+            out = _multiply_int4(x.contiguous(), self._packed, self._group_size, self._scales)
+            out = out[:, : self._num_outputs]
+        if bias is not None:
+            out = out + bias
+        return out.to(dtype or x.dtype)
+
+
+@cache
+def has_vnni() -> bool:
+    """Whether oneDNN's int8 product is exact here, found out by multiplying.
+
+    Without VNNI its pairs of products saturate at 16 bits. A processor's own word would not do:
+    ONEDNN_MAX_CPU_ISA can forbid what it has.
+    """
+    if not _HAS_ONEDNN or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False  # not measured elsewhere
+    values = torch.full((64, 64), _LARGEST, dtype=torch.int8)
+    scales = torch.ones(64)
+    try:
+        packed = _prepack(values, None)
+        product = _shifted_product(torch.full((4, 64), 255, dtype=torch.uint8), packed, scales)
+    except RuntimeError:  # torch built without this kernel
+        return False
+    return bool((product == 64 * _LARGEST * (255 - _ZERO)).all())
+
+
+def _row_chunks(weight: Tensor) -> list[slice]:
+    rows = max(1, _CHUNK // max(1, weight.shape[1]))
+    return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
+
+
+def _few_bits(scales: Tensor) -> Tensor:
+    """The nearest floats of `_SCALE_BITS` significant bits; never 0."""
+    mantissa, exponent = torch.frexp(scales)
+    unit = 2.0**_SCALE_BITS
+    kept = torch.ldexp(mantissa.mul_(unit).round_() / unit, exponent)
+    return torch.where(kept.abs() < _SMALLEST, _SMALLEST, kept)

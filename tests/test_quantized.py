@@ -1,0 +1,126 @@
+"""Twin: the kernels are the formulas of `ops/quantized.py`, a row the same in every batch."""
+
+import pytest
+import torch
+
+from specinfer.ops.linear import STREAMING_ROWS
+from specinfer.ops.quantized import (
+    Int4Weight,
+    Int8Weight,
+    dequantize,
+    quantize_int4,
+    quantize_int8,
+    quantize_tokens,
+)
+
+DTYPES = (torch.float32, torch.bfloat16)
+ROWS = (0, 1, 2, 5, 16, 33, 70)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 5), (61, 33), (96, 64), (32, 400)])
+def test_int8_is_its_formula_to_the_bit(outputs, inputs, bias, dtype):
+    values, scales = quantize_int8(random(outputs, inputs))
+    fast, plain = Int8Weight(values, scales), Int8Weight(values, scales, fast=False)
+    b = random(outputs).to(dtype) if bias else None
+    for rows in ROWS:
+        x = random(rows, 2 * inputs, seed=rows)[:, :inputs].to(dtype)
+        a, token_scales = quantize_tokens(x)
+        sums = a.double() @ values.double().T
+        exact = sums.float() * scales.flatten() * token_scales
+        expected = (exact if b is None else exact + b).to(dtype)
+        for weight in (fast, plain):
+            assert torch.equal(weight.multiply(x, b), expected)
+        assert torch.equal(fast.multiply(x, b, fewest_rows=STREAMING_ROWS), expected)
+
+
+def test_int8_sums_beyond_16_bits_are_exact():
+    """Without VNNI, pairs of products saturate: what has_vnni() must have found out."""
+    values = torch.full((16, 256), 127, dtype=torch.int8)
+    weight = Int8Weight(values, torch.ones(16, 1))
+    for sign in (1, -1):
+        assert (weight.multiply(torch.full((3, 256), sign * 127.0)) == sign * 256 * 127**2).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs", [16, 61, 96])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_int4_is_its_formula(group_size, outputs, dtype):
+    values, scales = quantize_int4(random(outputs, 256), group_size)
+    meant = dequantize(values, scales).double()
+    b = random(outputs).to(dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    for fast in (True, False):
+        weight = Int4Weight(values, scales, dtype=dtype, fast=fast)
+        for rows in ROWS:
+            x = random(rows, 256, seed=rows).to(dtype)
+            y = weight.multiply(x, b)
+            assert y.shape == (rows, outputs)
+            assert y.dtype == dtype
+            size = x.double().abs() @ meant.abs().T + b.double().abs()
+            assert ((y - (x.double() @ meant.T + b.double())).abs() <= tolerance * size).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_is_the_same_bits_in_every_batch(bits, dtype):
+    w = random(112, 320)
+    weight = (
+        Int8Weight(*quantize_int8(w))
+        if bits == 8
+        else Int4Weight(*quantize_int4(w, 32), dtype=dtype)
+    )
+    x = random(70, 320, seed=1).to(dtype)
+    x[1::2] *= 1000  # neighbours of another size
+    together = weight.multiply(x)
+    for rows in (1, 2, 3, 4, 5, 8, 16, 17, 33, 64):
+        assert torch.equal(weight.multiply(x[:rows]), together[:rows])
+        assert torch.equal(weight.multiply(x[-rows:]), together[-rows:])
+    assert torch.equal(weight.multiply(x.flip(0)).flip(0), together)
+    assert torch.equal(weight.multiply(x, dtype=torch.float32).to(dtype), together)
+
+
+def test_rounded_values_are_the_nearest():
+    w = random(40, 96)
+    values, scales = quantize_int8(w)
+    assert values.abs().max() <= 127
+    largest = 127.5 * scales  # a scale is rounded itself, so the largest weight may be cut
+    error = dequantize(values, scales) - w.clamp(-largest, largest)
+    assert (error.abs() <= 0.5001 * scales).all()
+    assert torch.equal(scales.bfloat16().float(), scales)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_int4_errs_less_than_plain_rounding(group_size):
+    w = random(64, 256) ** 3  # long tails
+    values, scales = quantize_int4(w, group_size)
+    assert values.min() >= -8
+    assert values.max() <= 7
+    meant = dequantize(values, scales)
+    assert torch.equal(meant.bfloat16().float(), meant), "a value times its scale is exact"
+    grouped = w.unflatten(-1, (-1, group_size))
+    step = grouped.abs().amax(-1, keepdim=True) / 7
+    plain = ((grouped / step).round() * step).flatten(1)
+    assert (meant - w).square().sum() < 0.9 * (plain - w).square().sum()
+
+
+def test_zeros_stay_zeros():
+    zeros = torch.zeros(32, 64)
+    for values, scales in (quantize_int8(zeros), quantize_int4(zeros, 32)):
+        assert not values.any()
+        assert (scales > 0).all()
+    weight = Int8Weight(*quantize_int8(random(32, 64)))
+    assert not weight.multiply(zeros).any()
+
+
+def test_large_weights_are_rounded_in_parts(monkeypatch):
+    w = random(50, 64)
+    whole = quantize_int8(w) + quantize_int4(w, 32)
+    monkeypatch.setattr("specinfer.ops.quantized._CHUNK", 7 * 64)
+    parts = quantize_int8(w) + quantize_int4(w, 32)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
