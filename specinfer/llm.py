@@ -27,7 +27,6 @@ Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
 _UNBUILT: dict[str, Any] = {
-    "quantization": None,
     "tensor_parallel_size": 1,
     "pipeline_parallel_size": 1,
     "executor": "local",
@@ -89,6 +88,8 @@ class LLM:
         speculation: Speculation | None = None,
         dtype: str = "auto",
         device: str = "auto",
+        quantization: str | None = None,
+        drafter_quantization: str | None = None,
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 2048,
         chunked_prefill_size: int = 512,
@@ -110,6 +111,9 @@ class LLM:
         speculation      how to guess and verify; None: `Speculation()`
         dtype            "auto" (the checkpoint's) | "bfloat16" | "float16" | "float32"
         device           "auto" | "cpu" | "cuda"
+        quantization     round the model's linears while they are read: "int8" | "int4" (groups of
+                         32) | "int4-64" | "int4-128"; None: as the checkpoint is
+        drafter_quantization  the same for the drafters
         max_num_seqs …   as in `EngineConfig`
         calibration      a file for what was learnt of acceptance: read now where it exists, written
                          by `save_calibration`
@@ -139,6 +143,8 @@ class LLM:
                 speculation=speculation or Speculation(),
                 dtype=dtype,
                 device=device,
+                quantization=quantization,
+                drafter_quantization=drafter_quantization,
                 progress=progress,
                 calibration=_read_calibration(calibration),
             )

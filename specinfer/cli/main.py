@@ -22,6 +22,7 @@ from specinfer.cli.chat import chat
 from specinfer.cli.generate import generate
 from specinfer.cli.models import models
 from specinfer.cli.options import takes_options, takes_settings
+from specinfer.cli.quantize import quantize
 from specinfer.cli.serve import serve
 from specinfer.cli.tree import tree
 from specinfer.errors import SpecInferError
@@ -103,3 +104,4 @@ bench.command("latency")(takes_options(bench_latency))
 bench.command("serve")(takes_settings(bench_serve, LoadTest))
 app.add_typer(bench, name="bench")
 app.command()(models)
+app.command()(quantize)

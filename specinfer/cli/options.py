@@ -49,6 +49,10 @@ class Loading:
                         the end
     dtype               auto (the checkpoint's), bfloat16, float16 or float32
     device              auto, cpu or cuda
+    quantization        round the model's weights while they are read: int8 (activations too, token
+                        by token), int4 (groups of 32), int4-64 or int4-128; None: as the
+                        checkpoint is
+    drafter_quantization  the same for the drafters; None: as their checkpoints are
     """
 
     model: str = DEFAULT_MODEL
@@ -57,6 +61,8 @@ class Loading:
     calibration: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    quantization: str | None = None
+    drafter_quantization: str | None = None
 
 
 _GROUPS: tuple[tuple[str, type], ...] = (
@@ -145,6 +151,8 @@ class Asked:
             speculation=self.speculation,
             dtype=self.loading.dtype,
             device=self.loading.device,
+            quantization=self.loading.quantization,
+            drafter_quantization=self.loading.drafter_quantization,
             calibration=self.loading.calibration,
             **{each.name: getattr(self.engine, each.name) for each in fields(EngineConfig)},
         )

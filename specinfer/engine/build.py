@@ -17,6 +17,11 @@ from specinfer.engine.memory import CacheNeeds, token_bytes
 from specinfer.errors import ConfigError, ModelError
 from specinfer.models.architecture import Architecture, read_architecture
 from specinfer.models.decoder import Decoder
+from specinfer.models.quantization import (
+    Quantization,
+    read_quantization,
+    resolve_quantization,
+)
 from specinfer.models.weights import load_decoder, read_config, resolve_dtype, resolve_model
 from specinfer.run.runner import Runner
 from specinfer.text.tokenizer import Tokenizer
@@ -36,6 +41,8 @@ def build_engine(
     speculation: Speculation,
     dtype: str,
     device: str,
+    quantization: str | None = None,
+    drafter_quantization: str | None = None,
     progress: Progress | None = None,
     calibration: Calibration | None = None,
 ) -> Engine:
@@ -59,7 +66,17 @@ def build_engine(
                 f"drafter {name!r} has another vocabulary than {model!r}: a drafter must share "
                 "the target's tokenizer"
             )
-    architectures = [read_architecture(read_config(folder)) for folder in folders]
+    asked = [
+        None if given is None else read_quantization(given, option)
+        for option, given in (
+            ("quantization", quantization),
+            *[("drafter_quantization", drafter_quantization)] * (len(names) - 1),
+        )
+    ]
+    configs = [read_config(folder) for folder in folders]
+    architectures = [read_architecture(each) for each in configs]
+    for scheme, each in zip(asked, configs, strict=True):
+        resolve_quantization(scheme, each, place)
     max_model_len = _resolve_length(config.max_model_len, architectures[0])
     dtypes = [resolve_dtype(folder, dtype, place) for folder in folders]
     needs = CacheNeeds(
@@ -70,8 +87,8 @@ def build_engine(
     )
     num_blocks = needs.num_given()
     decoders = [
-        _load(name, folder, kind, place, progress)
-        for name, folder, kind in zip(names, folders, dtypes, strict=True)
+        _load(name, folder, kind, place, scheme, progress)
+        for name, folder, kind, scheme in zip(names, folders, dtypes, asked, strict=True)
     ]
     if num_blocks is None:  # a part of what is free, and weights are in it
         num_blocks = needs.num_free(place)
@@ -105,10 +122,17 @@ def build_engine(
 
 
 def _load(
-    name: str, folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None
+    name: str,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None,
+    progress: Progress | None,
 ) -> Decoder:
     report = None if progress is None else lambda done, total: progress(name, done, total)
-    return load_decoder(folder, dtype=dtype, device=device, progress=report)
+    return load_decoder(
+        folder, dtype=dtype, device=device, quantization=quantization, progress=report
+    )
 
 
 def _resolve_device(device: str) -> torch.device:

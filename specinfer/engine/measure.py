@@ -304,7 +304,7 @@ def _key(folder: Path, runner: Runner, max_tokens: int) -> list[str]:
         f"format {_FORMAT}",
         f"model {model_identity(folder)}",
         f"device {_device_name(runner.device)}",
-        f"dtype {runner.decoder.dtype}",
+        f"dtype {runner.decoder.dtype} quantization {runner.decoder.quantization}",
         f"threads {torch.get_num_threads()}",
         f"torch {torch.__version__}",
         f"shapes {' '.join(f'{n}/{spans}' for n, spans in shapes)}",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from specinfer.errors import CheckpointError, UnsupportedModelError
+from specinfer.models.quantization import read_stored
 
 Config = Mapping[str, Any]
 """The parsed `config.json`."""
@@ -272,12 +273,7 @@ def _read_float(config: Config, key: str, default: float) -> float:
 
 
 def _refuse_unsupported(config: Config) -> None:
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"quantization_config with quant_method={method!r} is not supported: "
-            "use the checkpoint with unquantised weights"
-        )
+    read_stored(config)
     activation = config.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         raise UnsupportedModelError(

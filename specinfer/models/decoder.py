@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from specinfer.models.architecture import Architecture
 from specinfer.models.layers import ACTIVATIONS, Linear, RMSNorm, Rotary, rotate
 from specinfer.ops.linear import linear, pack
+from specinfer.ops.quantized import QuantizedWeight
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q, k, v) -> [n, heads, head_dim]
@@ -80,6 +81,8 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.architecture = architecture
+        self.quantization: str | None = None
+        """How the linears are rounded, by its name in `models.quantization`."""
         self._rotary = Rotary(architecture.rope, architecture.head_dim)
         with torch.device("meta"):
             # Its constructor would fill it at random, and for that import torch's compiler: 1.5 s.
@@ -96,6 +99,7 @@ class Decoder(nn.Module):
             )
         self.to(dtype)
         self._packed_head: Tensor | None = None
+        self._quantized_head: QuantizedWeight | None = None
         if torch.device(device).type != "meta":
             self.to_empty(device=device)
             self._fill(seed)
@@ -114,6 +118,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score the next token: hidden [m, hidden] -> [m, vocab] float32."""
+        rounded = self._quantized_head if self.lm_head is None else self.lm_head.quantized
+        if rounded is not None:
+            return rounded.multiply(hidden, dtype=torch.float32)
         if self.lm_head is not None:
             return self.lm_head(hidden).float()  # type: ignore[no-any-return]
         weight = self.embedding.weight if self._packed_head is None else self._packed_head
@@ -122,6 +129,10 @@ class Decoder(nn.Module):
     def pack_tied_head(self) -> None:
         """Keep a second, blocked copy of the tied embedding for `logits`."""
         self._packed_head = pack(self.embedding.weight)
+
+    def quantize_tied_head(self, weight: QuantizedWeight) -> None:
+        """Let `logits` use a rounded copy of the tied embedding; look-ups stay as they are."""
+        self._quantized_head = weight
 
     @property
     def dtype(self) -> torch.dtype:

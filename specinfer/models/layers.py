@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from specinfer.models.architecture import Rope
 from specinfer.ops.linear import linear, pack
+from specinfer.ops.quantized import QuantizedWeight
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -23,6 +24,7 @@ class Linear(nn.Module):
     """Several products of one input as one: `widths` are the outputs fused, in order.
 
     weight       [sum(widths), inputs]; bias [sum(widths)] or None
+    quantized    instead of the weight, where it is rounded
     fewest_rows  as `ops.linear.linear` has it; the loader knows whether weights fit a cache
     """
 
@@ -32,9 +34,12 @@ class Linear(nn.Module):
         self.fewest_rows = 1
         self.weight: Tensor = nn.Parameter(torch.empty(sum(widths), inputs))
         self.bias: Tensor | None = nn.Parameter(torch.empty(sum(widths))) if bias else None
+        self.quantized: QuantizedWeight | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [n, inputs] to [n, sum(widths)]."""
+        if self.quantized is not None:
+            return self.quantized.multiply(x, self.bias, fewest_rows=self.fewest_rows)
         return linear(x, self.weight, self.bias, self.fewest_rows)
 
     def pack(self, weight: Tensor | None = None) -> None:
@@ -45,6 +50,11 @@ class Linear(nn.Module):
         packed = pack(self.weight if weight is None else weight)
         del self.weight
         self.weight = packed
+
+    def quantize(self, weight: QuantizedWeight) -> None:
+        """Replace the weight by a quantised one, which cannot be trained or saved from here."""
+        del self.weight
+        self.quantized = weight
 
 
 class RMSNorm(nn.Module):

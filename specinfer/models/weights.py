@@ -5,17 +5,15 @@ anew for each weight, because pages of a mapped file count as resident memory un
 the peak stays near the size of the weights, mapped pages included.
 """
 
-import json
 import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from specinfer.errors import (
@@ -25,16 +23,24 @@ from specinfer.errors import (
     UnsupportedModelError,
 )
 from specinfer.models.architecture import FAMILIES, read_architecture
+from specinfer.models.checkpoint import Checkpoint, read_json
 from specinfer.models.decoder import Decoder
 from specinfer.models.layers import Linear
+from specinfer.models.quantization import (
+    QUANTIZATIONS,
+    Quantization,
+    decode,
+    read_stored,
+    resolve_quantization,
+    stored_shapes,
+)
 from specinfer.ops.linear import STREAMING_ROWS, can_pack, has_native
+from specinfer.ops.quantized import Int4Weight, Int8Weight, QuantizedWeight
 
 Progress = Callable[[int, int], None]
 """progress(bytes read so far, bytes in all)"""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""safetensors' word for each."""
 
 TIED_COPY_SHARE = 0.10
 TIED_COPY_BYTES = 16 << 20
@@ -44,7 +50,6 @@ weights, or this small whatever the share."""
 STREAMED_BYTES = 64 << 20
 """Weights above this are taken to come from memory at each step, below it from a cache."""
 
-_INDEX = "model.safetensors.index.json"
 _HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$")
 _ZOO = Path(__file__).parent.parent / "zoo"
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
@@ -79,7 +84,7 @@ def read_config(path: Path) -> dict[str, Any]:
     raises  CheckpointError if it is missing or no JSON object
     """
     file = path / "config.json"
-    return _read_json(file, f"{path} has no config.json: give the folder of a Hugging Face model")
+    return read_json(file, f"{path} has no config.json: give the folder of a Hugging Face model")
 
 
 def load_decoder(
@@ -89,6 +94,7 @@ def load_decoder(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
     blocked: bool = True,
+    quantization: Quantization | None = None,
 ) -> Decoder:
     """Read a Hugging Face folder into a decoder that serves (no gradients).
 
@@ -96,6 +102,7 @@ def load_decoder(
              instructions for it; or a name in `DTYPES`; or a torch dtype
     blocked  re-order weights for speed where that pays (`ops.linear.can_pack`); False keeps plain
              weights, which training needs
+    quantization  round the linears while they are read; None: as the checkpoint is
     raises   ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError
     cost     peak resident memory is at most 1.1 times the weights, mapped files included
     """
@@ -106,11 +113,13 @@ def load_decoder(
     path, device = Path(path), torch.device(device)
     if not path.is_dir():
         raise ModelNotFoundError(f"{path} is no folder: give the folder of a Hugging Face model")
-    architecture = read_architecture(read_config(path))
-    checkpoint = _Checkpoint(path)
+    config = read_config(path)
+    architecture = read_architecture(config)
+    rounding = _Rounding(resolve_quantization(quantization, config, device), read_stored(config))
+    checkpoint = Checkpoint(path)
     kind = resolve_dtype(path, dtype, device)
     decoder = Decoder(architecture, dtype=kind, device="meta")
-    _Loader(checkpoint, decoder, kind, device, blocked and can_pack(kind, device), progress).run()
+    _Loader(checkpoint, decoder, kind, device, blocked, rounding, progress).run()
     return decoder.eval()
 
 
@@ -121,7 +130,8 @@ def resolve_dtype(path: Path, dtype: str | torch.dtype, device: torch.device) ->
     """
     stored = read_architecture(read_config(path)).dtype
     if stored is None:
-        stored = next(iter(_Checkpoint(path).dtypes.values()), "float32")
+        found = list(Checkpoint(path).dtypes.values())
+        stored = next((each for each in found if each in DTYPES), (found or ["float32"])[0])
     return _resolve_dtype(dtype, stored, device)
 
 
@@ -131,60 +141,19 @@ class _Part:
 
     name: str
     shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+
+    @property
+    def module(self) -> str:
+        """Its module in the checkpoint."""
+        return self.name.rpartition(".")[0]
 
 
-class _Checkpoint:
-    """The safetensors files of a folder: which tensor is in which."""
+class _Rounding(NamedTuple):
+    """How linears are to be held (None: as floats), and how the checkpoint has them."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.shard_of: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        for shard in self._shards():
-            with self._open(shard) as file:
-                for name in file.keys():  # noqa: SIM118, it is no mapping
-                    self.shard_of[name] = shard
-                    header = file.get_slice(name)
-                    self.shapes[name] = tuple(header.get_shape())
-                    self.dtypes[name] = _STORED.get(header.get_dtype(), header.get_dtype())
-
-    def read(self, name: str) -> Tensor:
-        """A view of the mapped file: its pages go when the tensor does."""
-        with self._open(self.shard_of[name]) as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
-
-    def _open(self, shard: Path) -> Any:
-        try:
-            return safe_open(str(shard), framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{shard} cannot be read, it may be truncated ({error}): download it again"
-            ) from error
-
-    def _shards(self) -> list[Path]:
-        single = self.path / "model.safetensors"
-        if single.exists():
-            return [single]
-        index = self.path / _INDEX
-        if index.exists():
-            named = _read_json(index, "").get("weight_map")
-            if not isinstance(named, dict) or not all(isinstance(v, str) for v in named.values()):
-                raise CheckpointError(f"{index} has no weight_map: download it again")
-            shards = [self.path / shard for shard in sorted(set(named.values()))]
-            missing = [shard.name for shard in shards if not shard.exists()]
-            if missing:
-                raise CheckpointError(
-                    f"{self.path} lacks {', '.join(missing)}, which {_INDEX} names: "
-                    "download the folder again"
-                )
-            return shards
-        if any(self.path.glob("*.bin")):
-            raise CheckpointError(
-                f"{self.path} has only PyTorch .bin weights: convert them to safetensors, "
-                "for instance with transformers' save_pretrained"
-            )
-        raise CheckpointError(f"{self.path} has no weights: it needs model.safetensors or {_INDEX}")
+    asked: Quantization | None
+    stored: Quantization | None
 
 
 class _Loader:
@@ -196,15 +165,19 @@ class _Loader:
 
     def __init__(
         self,
-        checkpoint: _Checkpoint,
+        checkpoint: Checkpoint,
         decoder: Decoder,
         dtype: torch.dtype,
         device: torch.device,
         blocked: bool,
+        rounding: _Rounding,
         progress: Progress | None,
     ) -> None:
         self.checkpoint, self.decoder = checkpoint, decoder
-        self.dtype, self.device, self.blocked = dtype, device, blocked
+        self.dtype, self.device = dtype, device
+        self.blocked = blocked and can_pack(dtype, device)
+        self.fast = blocked
+        self.rounding = rounding
         self.progress = progress
         self.staging = torch.empty(0)
 
@@ -212,21 +185,29 @@ class _Loader:
         """Read everything, then see that nothing is missing or left over."""
         wanted = {name: self._parts(name) for name, _ in self.decoder.named_parameters()}
         self._check(wanted)
-        sizes = {
-            name: sum(math.prod(part.shape) for part in parts) * self.dtype.itemsize
-            for name, parts in wanted.items()
-        }
+        for name, parts in wanted.items():
+            scheme = self._scheme(name, parts)
+            if scheme is not None:
+                scheme.check(parts[0].name, parts[0].shape[1])
+        asked = self.rounding.asked
+        self.decoder.quantization = None if asked is None else asked.name
+        sizes = {name: self._num_bytes(name, parts) for name, parts in wanted.items()}
         total, done = sum(sizes.values()), 0
         for name in sorted(wanted, key=lambda name: -sizes[name]):
             self._fill(name, wanted[name])
             done += sizes[name]
             if self.progress is not None:
                 self.progress(done, total)
-        if self.blocked and total > STREAMED_BYTES:
+        if self.fast and total > STREAMED_BYTES:
             for module in self.decoder.modules():
                 if isinstance(module, Linear):
                     module.fewest_rows = STREAMING_ROWS
-        if self.blocked and self.decoder.architecture.tied_embeddings:
+        if not self.decoder.architecture.tied_embeddings:
+            return
+        if self.rounding.asked is not None and self.rounding.asked.head:
+            head = QUANTIZATIONS["int8"].quantize(self.decoder.embedding.weight.detach())
+            self.decoder.quantize_tied_head(Int8Weight(*head, fast=self.fast))
+        elif self.blocked:
             copy = sizes["embedding.weight"]
             if copy <= max(TIED_COPY_SHARE * total, TIED_COPY_BYTES):
                 self.decoder.pack_tied_head()
@@ -247,7 +228,7 @@ class _Loader:
 
     def _check(self, wanted: Mapping[str, tuple[_Part, ...]]) -> None:
         shapes, path = self.checkpoint.shapes, self.checkpoint.path
-        parts = [part for group in wanted.values() for part in group]
+        parts = [each for group in wanted.values() for part in group for each in self._files(part)]
         missing = [part.name for part in parts if part.name not in shapes]
         if missing:
             raise CheckpointError(f"{path} lacks {_some(missing)}, which config.json asks for")
@@ -257,10 +238,10 @@ class _Loader:
                     f"{path}: {part.name} has shape {list(shapes[part.name])} where config.json "
                     f"asks for {list(part.shape)}"
                 )
-            if self.checkpoint.dtypes[part.name] not in DTYPES:
+            if self.checkpoint.dtypes[part.name] not in part.dtypes:
                 raise UnsupportedModelError(
                     f"{path}: {part.name} has dtype {self.checkpoint.dtypes[part.name]}: "
-                    f"use a checkpoint in one of {', '.join(DTYPES)}"
+                    f"use a checkpoint in one of {', '.join(part.dtypes)}"
                 )
         left = [name for name in shapes.keys() - {p.name for p in parts} if not self._known(name)]
         if left:
@@ -271,34 +252,103 @@ class _Loader:
     def _known(self, name: str) -> bool:
         """Tensors that some tools save although nothing reads them."""
         tied = self.decoder.architecture.tied_embeddings and name == "lm_head.weight"
-        return tied or bool(_HARMLESS.search(name))
+        packed = self.rounding.stored is not None and name.endswith(".weight_shape")
+        return tied or packed or bool(_HARMLESS.search(name))
+
+    def _is_rounded(self, part: _Part) -> bool:
+        """Whether the checkpoint has this weight in its quantised form."""
+        stored = self.rounding.stored
+        return (
+            stored is not None
+            and part.name.endswith(".weight")
+            and f"{part.module}.{stored.suffixes[1]}" in self.checkpoint.shapes
+        )
+
+    def _files(self, part: _Part) -> list[_Part]:
+        """The tensors that stand for one of the parts."""
+        if self.rounding.stored is None or not self._is_rounded(part):
+            return [part]
+        shapes = stored_shapes(self.rounding.stored, part.shape)
+        return [_Part(f"{part.module}.{suffix}", *rest) for suffix, rest in shapes.items()]
+
+    def _scheme(self, name: str, parts: tuple[_Part, ...]) -> Quantization | None:
+        """How one of our parameters is held.
+
+        raises  UnsupportedModelError where the checkpoint rounds only some of what we fuse
+        """
+        asked, stored = self.rounding
+        module_name, _, kind = name.rpartition(".")
+        if asked is None or kind != "weight":
+            return None
+        if not isinstance(self.decoder.get_submodule(module_name), Linear):
+            return None
+        rounded = [self._is_rounded(part) for part in parts]
+        if any(rounded):
+            if not all(rounded):
+                raise UnsupportedModelError(
+                    f"{self.checkpoint.path}: of {', '.join(part.module for part in parts)} only "
+                    "some are quantised: use a checkpoint in which all are, or none"
+                )
+            return stored
+        if module_name == "lm_head":
+            return QUANTIZATIONS["int8"] if asked.head else None
+        return asked if stored is None else None
+
+    def _num_bytes(self, name: str, parts: tuple[_Part, ...]) -> int:
+        scheme = self._scheme(name, parts)
+        bits = 8 * self.dtype.itemsize if scheme is None else scheme.bits
+        return sum(math.prod(part.shape) for part in parts) * bits // 8
 
     def _fill(self, name: str, parts: tuple[_Part, ...]) -> None:
         module_name, _, kind = name.rpartition(".")
         module = self.decoder.get_submodule(module_name)
-        if self.blocked and isinstance(module, Linear) and kind == "weight":
+        scheme = self._scheme(name, parts)
+        if isinstance(module, Linear) and scheme is not None:
+            module.quantize(self._round(scheme, parts))
+        elif self.blocked and isinstance(module, Linear) and kind == "weight":
             module.pack(self._stage(parts))
         else:
             weight = torch.empty(_stacked(parts), dtype=self.dtype, device=self.device)
             setattr(module, kind, nn.Parameter(self._stack(parts, weight), requires_grad=False))
 
+    def _round(self, scheme: Quantization, parts: tuple[_Part, ...]) -> QuantizedWeight:
+        """The parts as one quantised weight, decoded or rounded one at a time."""
+        values = self._buffer(_stacked(parts), torch.int8)
+        scales, start = [], 0
+        for part in parts:
+            rows = slice(start, start + part.shape[0])
+            start = rows.stop
+            if self._is_rounded(part):
+                values[rows], scale = decode(scheme, part.module, self.checkpoint.read)
+            else:
+                values[rows], scale = scheme.quantize(self.checkpoint.read(part.name))
+            scales.append(scale)
+        if scheme.bits == 8:
+            return Int8Weight(values, torch.cat(scales), fast=self.fast)
+        return Int4Weight(values, torch.cat(scales), dtype=self.dtype, fast=self.fast)
+
     def _stage(self, parts: tuple[_Part, ...]) -> Tensor:
         """The parts as one weight that lives until the next call.
 
-        One tensor comes straight from its mapped file. Others are stacked in a buffer kept from
-        weight to weight: a new one each time would leave holes between the blocked weights, up to
-        a tenth of the model.
+        One tensor comes straight from its mapped file, others are stacked.
         """
         if len(parts) == 1:
             tensor = self.checkpoint.read(parts[0].name)
             if tensor.dtype == self.dtype:
                 return tensor
-        shape = _stacked(parts)
+        return self._stack(parts, self._buffer(_stacked(parts), self.dtype))
+
+    def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room that lives until the next call.
+
+        Kept from weight to weight: a new one each time would leave holes between the blocked
+        weights, up to a tenth of the model.
+        """
         size = math.prod(shape)
-        if not size <= self.staging.numel() < 2 * size:
+        if self.staging.dtype != dtype or not size <= self.staging.numel() < 2 * size:
             self.staging = torch.empty(0)  # dropped before the next is made
-            self.staging = torch.empty(size, dtype=self.dtype)
-        return self._stack(parts, self.staging[:size].view(shape))
+            self.staging = torch.empty(size, dtype=dtype)
+        return self.staging[:size].view(shape)
 
     def _stack(self, parts: tuple[_Part, ...], into: Tensor) -> Tensor:
         """Copy the parts one below the other, one mapped at a time."""
@@ -352,18 +402,6 @@ def _download(name: str) -> Path:
             f"{name!r} is no folder here and could not be had from the Hugging Face hub "
             f"({reason}): give a folder, an id you may read, or zoo:NAME"
         ) from error
-
-
-def _read_json(file: Path, absent: str) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(absent) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} is no JSON object: download it again")
-    return value
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,244 @@
+"""Quantised models: as saved so loaded, every family, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from specinfer import LLM, ConfigError, SamplingParams, Speculation
+from specinfer.errors import CheckpointError, ModelError, UnsupportedModelError
+from specinfer.models.layers import Linear
+from specinfer.models.quantization import (
+    HEAD_KEY,
+    QUANTIZATIONS,
+    decode,
+    describe,
+    encode,
+    read_stored,
+)
+from specinfer.models.quantized_folder import quantize_folder
+from specinfer.models.weights import load_decoder
+from specinfer.ops.quantized import Int8Weight, dequantize
+from tests.command_line import run
+from tests.helpers import FAMILIES, toy_config
+from tests.test_decoder import flat_logits, random_sequences, save_random
+
+INT8, INT4 = QUANTIZATIONS["int8"], QUANTIZATIONS["int4"]
+CASES = {
+    **{family: toy_config(family, intermediate_size=64) for family in FAMILIES},
+    "tied": toy_config(intermediate_size=64, tie_word_embeddings=True),
+    "biases": toy_config(intermediate_size=64, attention_bias=True, mlp_bias=True),
+}
+
+
+def logits(folder: Path, **options) -> torch.Tensor:
+    return flat_logits(load_decoder(folder, **options), random_sequences())
+
+
+@pytest.mark.parametrize("scheme", [INT8, INT4], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("name", CASES)
+@torch.inference_mode()
+def test_every_family_is_rounded_and_kept(name, scheme, tmp_path):
+    save_random(CASES[name], tmp_path / "plain")
+    exact = logits(tmp_path / "plain")
+    for dtype in ("float32", "bfloat16"):
+        rounded = logits(tmp_path / "plain", quantization=scheme, dtype=dtype)
+        bound = (0.1 if scheme is INT8 else 0.6) * exact.std()
+        assert 0 < (rounded - exact).square().mean().sqrt() < bound
+    saved = tmp_path / "saved"
+    quantize_folder(tmp_path / "plain", saved, scheme, shard_bytes=5000)
+    assert len(list(saved.glob("model-*.safetensors"))) > 1
+    for dtype in ("float32", "bfloat16"):
+        options = {"dtype": dtype}
+        asked = logits(tmp_path / "plain", quantization=scheme, **options)
+        assert torch.equal(logits(saved, **options), asked)
+        assert torch.equal(logits(saved, quantization=scheme, **options), asked)
+
+
+@torch.inference_mode()
+def test_fast_and_plain_weights_compute_the_same(tmp_path):
+    save_random(CASES["biases"], tmp_path)
+    for scheme in (INT8, INT4):
+        fast, plain = (logits(tmp_path, quantization=scheme, blocked=b) for b in (True, False))
+        assert (fast - plain).abs().max() < 1e-4 * plain.abs().max()
+
+
+def test_all_linears_are_rounded_and_the_embedding_is_not(tmp_path):
+    save_random(CASES["tied"], tmp_path)
+    decoder = load_decoder(tmp_path, quantization=INT8)
+    linears = [module for module in decoder.modules() if isinstance(module, Linear)]
+    assert all(isinstance(module.quantized, Int8Weight) for module in linears)
+    assert not any(hasattr(module, "weight") for module in linears)
+    assert isinstance(decoder._quantized_head, Int8Weight)
+    assert decoder.embedding.weight.dtype == torch.float32
+    assert decoder.quantization == "int8"
+    assert load_decoder(tmp_path).quantization is None
+
+
+@pytest.mark.parametrize("scheme", QUANTIZATIONS.values(), ids=lambda scheme: scheme.name)
+def test_a_weight_survives_its_file_format(scheme):
+    weight = torch.randn(48, 256)
+    values, scales = scheme.quantize(weight)
+    tensors = encode(scheme, "m", weight, torch.bfloat16)
+    found = decode(scheme, "m", tensors.__getitem__)
+    assert torch.equal(found[0], values)
+    assert torch.equal(found[1], scales)
+    assert read_stored({"quantization_config": describe(scheme), HEAD_KEY: True}) == scheme
+
+
+def test_int4_words_are_those_of_compressed_tensors():
+    """Eight values a word, the first in the lowest bits, as 0 to 15."""
+    weight = torch.arange(-8.0, 8.0).repeat(2)[None]
+    tensors = encode(INT4, "m", weight, torch.float32)
+    assert tensors["m.weight_scale"].item() == 1
+    words = [int(word) & 0xFFFFFFFF for word in tensors["m.weight_packed"][0]]
+    assert words == [0x76543210, 0xFEDCBA98] * 2
+    assert tensors["m.weight_shape"].tolist() == [1, 32]
+
+
+@torch.inference_mode()
+def test_a_folder_of_another_tool_is_read(tmp_path):
+    """Its own scales, float32 ones, no word about the head, one projection left alone."""
+    save_random(CASES["LlamaForCausalLM"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = "model.layers.1.mlp.down_proj"
+    meant = {}
+    for name in [name for name in tensors if "_proj" in name and kept not in name]:
+        weight = tensors.pop(name)
+        scale = weight.abs().amax(1, keepdim=True) / 127.5
+        values = (weight / scale).round().clamp(-128, 127).to(torch.int8)
+        meant[name] = dequantize(values, scale)
+        tensors |= {name: values, name + "_scale": scale}
+    save_file(tensors, tmp_path / "model.safetensors")
+    stored = describe(INT8) | {"ignore": ["lm_head", kept], "version": "0.14.0"}
+    config = CASES["LlamaForCausalLM"] | {"quantization_config": stored}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = load_decoder(tmp_path)
+    assert ours.lm_head.quantized is None
+    assert ours.layers[1].down.quantized is None
+    one = torch.eye(32)
+    found = ours.layers[0].output(one)
+    assert torch.allclose(found.T, meant["model.layers.0.self_attn.o_proj.weight"], atol=1e-6)
+
+
+def half_rounded(path):
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj"
+    tensors[name + ".weight"] = torch.ones(16, 32)
+    del tensors[name + ".weight_scale"]
+    save_file(tensors, path / "model.safetensors")
+
+
+def no_scales_of_one_output(path):
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight_scale"] = torch.ones(1, 1)
+    save_file(tensors, path / "model.safetensors")
+
+
+def order_of_groups(path):
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight_g_idx"] = torch.zeros(64, dtype=torch.int32)
+    save_file(tensors, path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "words"),
+    [
+        (half_rounded, UnsupportedModelError, "q_proj, .*k_proj.* only some are quantised"),
+        (no_scales_of_one_output, CheckpointError, r"down_proj.weight_scale has shape \[1, 1\]"),
+        (order_of_groups, CheckpointError, "down_proj.weight_g_idx, which config.json does not"),
+    ],
+)
+def test_broken_folders(damage, kind, words, tmp_path):
+    save_random(CASES["LlamaForCausalLM"], tmp_path / "plain")
+    quantize_folder(tmp_path / "plain", tmp_path / "saved", INT8)
+    damage(tmp_path / "saved")
+    with pytest.raises(kind, match=words):
+        load_decoder(tmp_path / "saved")
+
+
+def group(**changes):
+    stored = describe(INT8)
+    stored["config_groups"]["group_0"] |= changes
+    return stored
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        describe(INT8) | {"format": "float-quantized"},
+        describe(INT8) | {"kv_cache_scheme": {"num_bits": 8}},
+        group(input_activations=None),
+        group(weights=describe(INT8)["config_groups"]["group_0"]["weights"] | {"symmetric": False}),
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        ["int8"],
+    ],
+)
+def test_other_schemes_are_refused(stored):
+    with pytest.raises(UnsupportedModelError, match=r"quant_method=.*int-quantized.*unquantised"):
+        read_stored({"quantization_config": stored})
+
+
+def test_what_cannot_be_asked_for(tmp_path):
+    with pytest.raises(ConfigError, match="quantization='fp8': use one of int8, int4, int4-64"):
+        LLM("zoo:parley", quantization="fp8")
+    with pytest.raises(ConfigError, match="drafter_quantization='int3': use one of int8"):
+        LLM("zoo:parley", drafters="zoo:parley-draft", drafter_quantization="int3")
+    save_random(toy_config(), tmp_path / "plain")
+    with pytest.raises(ConfigError, match=r"groups of 32, and .*down_proj.weight has 48: use int8"):
+        load_decoder(tmp_path / "plain", quantization=INT4)
+    quantize_folder(tmp_path / "plain", tmp_path / "saved", INT8)
+    with pytest.raises(ConfigError, match="quantization='int4' for a checkpoint that is int8"):
+        load_decoder(tmp_path / "saved", quantization=INT4)
+    with pytest.raises(ConfigError, match="is there already"):
+        quantize_folder(tmp_path / "plain", tmp_path / "saved", INT8)
+    with pytest.raises(ModelError, match="is quantised already"):
+        quantize_folder(tmp_path / "saved", tmp_path / "again", INT8)
+    with pytest.raises(ConfigError, match=r"int4.*is not built yet: use device="):
+        load_decoder(tmp_path / "plain", quantization=INT4, device="cuda")
+    with pytest.raises(ConfigError, match="groups of 32"):
+        quantize_folder(tmp_path / "plain", tmp_path / "failed", INT4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "saved"]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_trees_write_what_plain_decoding_writes(scheme):
+    """The rounded pair in float32, several requests at once."""
+    prompts = ["Tell me a story about a fox.", "What is 12 plus 30?", "Book me a table."]
+    written = []
+    for tree in ("off", "1,1,3,1"):
+        llm = LLM(
+            "zoo:parley",
+            drafters="zoo:parley-draft",
+            speculation=Speculation(tree=tree),
+            dtype="float32",
+            quantization=scheme,
+            drafter_quantization="int8",
+            max_model_len=96,
+            show_progress=False,
+        )
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24))
+        written.append([output.outputs[0].token_ids for output in outputs])
+    assert written[0] == written[1]
+    assert sum(output.stats.num_accepted for output in outputs) > 10
+
+
+def test_the_command_writes_what_the_flag_computes(tmp_path):
+    out = tmp_path / "parley-int4"
+    assert run("quantize", "zoo:parley", str(out), "--quantization", "int4").exit_code == 0
+    again = run("quantize", "zoo:parley", str(out))
+    assert again.exit_code == 2
+    assert "is there already" in again.stderr
+    ask = ("Hello", "--drafter", "none", "--max-tokens", "12", "--temperature", "0")
+    texts = [
+        run("generate", *ask, "--model", *model)
+        for model in ([str(out)], ["zoo:parley", "--quantization", "int4"])
+    ]
+    assert [text.exit_code for text in texts] == [0, 0]
+    assert texts[0].stdout == texts[1].stdout != ""
+    unknown = run("generate", *ask, "--quantization", "int5")
+    assert unknown.exit_code == 2
+    assert "quantization='int5': use one of int8, int4" in unknown.stderr
