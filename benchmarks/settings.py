@@ -134,6 +134,7 @@ class Inputs:
     drafter: str = DRAFTER
     data: Path = DATA
     max_len: int = MAX_LEN
+    quantization: str | None = None
     prompts: tuple[tuple[int, ...], ...] | None = field(default=None)
 
 
@@ -171,6 +172,7 @@ def walk(
         drafters=[inputs.drafter],
         speculation=speculation,
         dtype="float32",
+        quantization=inputs.quantization,
         max_num_seqs=BATCH,
         max_num_batched_tokens=4096,
         max_model_len=inputs.max_len,
