@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specinfer.ops.linear import padded
+
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()
 # Resolved here because a look-up costs microseconds, and absent where torch is built without it.
 _prepack: Any = torch.ops.onednn.qlinear_prepack.default if _HAS_ONEDNN else None
@@ -161,8 +163,8 @@ class Int8Weight(QuantizedWeight):
         rows, dtype = x.shape[0], dtype or x.dtype
         if rows == 0:
             return x.new_empty(0, self._num_outputs, dtype=dtype)
-        if rows < fewest_rows:
-            x = F.pad(x, (0, 0, 0, fewest_rows - rows))
+        if (size := padded(rows, fewest_rows)) > rows:
+            x = F.pad(x, (0, 0, 0, size - rows))
         a, scale = quantize_tokens(x)
         out = self._integers(a).mul_(scale)[:rows]
         if bias is not None:
@@ -219,8 +221,8 @@ class Int4Weight(QuantizedWeight):
         missing = -values.shape[0] % _INT4_COLUMNS
         shifted = F.pad(values, (0, 0, 0, missing)).to(torch.int32).add_(8)
         self._packed: Tensor = _pack_int4(shifted, 1)
-        padded = F.pad(scales, (0, 0, 0, missing)).t().to(dtype)
-        self._scales = torch.stack((padded, torch.zeros_like(padded)), -1).contiguous()
+        columns = F.pad(scales, (0, 0, 0, missing)).t().to(dtype)
+        self._scales = torch.stack((columns, torch.zeros_like(columns)), -1).contiguous()
 
     def multiply(
         self,
