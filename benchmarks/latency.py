@@ -10,11 +10,9 @@ neighbouring runs.
 """
 
 import argparse
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,6 +20,7 @@ from rich.table import Table
 
 from benchmarks import write_result
 from benchmarks.inflate import twin
+from benchmarks.peer_transformers import Transformers
 from benchmarks.prompts import load_chats
 from specinfer.bench import Spread, System, measure, ratio
 from specinfer.config import PAPER_TREE, Speculation
@@ -46,38 +45,6 @@ class Row:
     tokens_per_step: float | None = None
     ms_per_step: dict[str, float] = field(default_factory=dict)
     host_share: float | None = None
-
-
-class Transformers:
-    """The same checkpoint through `transformers.generate`."""
-
-    def __init__(self, folder: Path, dtype: str) -> None:
-        from transformers import AutoModelForCausalLM
-
-        warnings.filterwarnings("ignore")
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-        self._model.eval()
-
-    def system(self, num_tokens: int, temperature: float) -> System:
-        """Plain `generate` of exactly so many tokens."""
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature:
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
-
-        def run(prompt: Sequence[int]) -> int:
-            ids = torch.tensor([list(prompt)])
-            with torch.inference_mode():
-                out = self._model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    min_new_tokens=num_tokens,
-                    max_new_tokens=num_tokens,
-                    pad_token_id=0,
-                    **sampling,
-                )
-            return int(out.shape[1]) - len(prompt)
-
-        return run
 
 
 class Ours:
@@ -243,7 +210,7 @@ def main() -> None:
     if not args.no_transformers:
         from specinfer.models.weights import resolve_model
 
-        theirs = Transformers(resolve_model(target), args.dtype)
+        theirs = Transformers(resolve_model(target), getattr(torch, args.dtype))
     encode = ours.llm.tokenizer.apply_chat_template
     prompts = [encode(chat) for chat in load_chats(args.prompts, encode=encode)]
     rows: list[Row] = []

@@ -8,6 +8,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 System = Callable[[Sequence[int]], int]
 """Continues a prompt of token ids and returns how many tokens it wrote."""
@@ -41,17 +44,36 @@ def measure(
     warm_up  prompts run, untimed, through every system first
     returns  per system its tokens per second on each prompt
     """
-    names = list(systems)
-    for prompt in prompts[:warm_up]:
-        for name in names:
-            systems[name](prompt)
-    rates: dict[str, list[float]] = {name: [] for name in names}
-    for turn, prompt in enumerate(prompts):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+
+    def timed(system: System) -> Callable[[Sequence[int]], float]:
+        def run(prompt: Sequence[int]) -> float:
             start = time.perf_counter()
-            num_tokens = systems[name](prompt)
-            rates[name].append(num_tokens / (time.perf_counter() - start))
-    return rates
+            num_tokens = system(prompt)
+            return num_tokens / (time.perf_counter() - start)
+
+        return run
+
+    rated = {name: timed(system) for name, system in systems.items()}
+    return alternate(rated, prompts, warm_up=warm_up)
+
+
+def alternate(
+    systems: Mapping[str, Callable[[T], float]], inputs: Sequence[T], *, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Ask every system, which does its own timing, about every input, in turns.
+
+    warm_up  inputs of which the answers do not count, asked first
+    returns  per system what it answered to each input
+    """
+    names = list(systems)
+    for each in inputs[:warm_up]:
+        for name in names:
+            systems[name](each)
+    answers: dict[str, list[float]] = {name: [] for name in names}
+    for turn, each in enumerate(inputs):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            answers[name].append(systems[name](each))
+    return answers
 
 
 def ratio(rates: Mapping[str, Sequence[float]], name: str, base: str) -> Spread:
