@@ -97,7 +97,7 @@ def load_prompts(target: str, num: int, num_tokens: int) -> list[list[int]]:
     for start in range(0, len(chats), 8):
         prompts = [encode(chat) for chat in chats[start : start + 8]]
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens + 8)
-        for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):  # type: ignore[arg-type]
+        for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
             if output.outputs[0].finish_reason == "length":
                 found.append(prompt)
         if len(found) >= num:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from specinfer.cache.blocks import Pages
 from specinfer.config import Speculation
 from specinfer.engine.stats import HOST_PARTS
 from specinfer.llm import LLM
-from specinfer.models.decoder import Decoder
+from specinfer.models.decoder import Decoder, DecoderLayer
 from specinfer.request import SamplingParams
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
@@ -150,6 +150,10 @@ def matmul_rate(dtype: torch.dtype) -> float:
 # --- the model ------------------------------------------------------------------------------------
 
 
+def _layers(decoder: Decoder) -> list[DecoderLayer]:
+    return cast("list[DecoderLayer]", list(decoder.layers))
+
+
 def floor(decoder: Decoder, num_rows: int) -> Callable[[], None]:
     """Every linear of the model once, in the order of a step, lm_head for all rows too."""
     a = decoder.architecture
@@ -163,7 +167,7 @@ def floor(decoder: Decoder, num_rows: int) -> Callable[[], None]:
 
     @torch.inference_mode()
     def run() -> None:
-        for layer in decoder.layers:
+        for layer in _layers(decoder):
             layer.qkv.forward(hidden)
             layer.output.forward(mixed)
             layer.gate_up.forward(hidden)
@@ -208,11 +212,11 @@ def parts_timed(runner: Runner) -> Iterator[dict[str, float]]:
         setattr(owner, name, run)
         restore.append((owner, name))
 
-    for layer in decoder.layers:
+    for layer in _layers(decoder):
         for module in (layer.qkv, layer.output, layer.gate_up, layer.down):
             replace(module, "forward", timed("linears", module.forward))
-        for module in (layer.attention_norm, layer.mlp_norm):
-            replace(module, "forward", timed("norms", module.forward))
+        for norm in (layer.attention_norm, layer.mlp_norm):
+            replace(norm, "forward", timed("norms", norm.forward))
     forward = decoder.forward
 
     def run_layers(tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
@@ -284,13 +288,13 @@ def measure_row(llm: LLM, num_nodes: int, rounds: int, temperature: float) -> Ro
 
 def weight_bytes(decoder: Decoder) -> int:
     """What a step of one token must read: all matrices; of a tied embedding one copy."""
-    matrices = [
+    head = decoder.embedding.weight if decoder.lm_head is None else decoder.lm_head.weight
+    matrices = [head] + [
         module.weight
-        for layer in decoder.layers
+        for layer in _layers(decoder)
         for module in (layer.qkv, layer.output, layer.gate_up, layer.down)
     ]
-    head = decoder.embedding.weight if decoder.lm_head is None else decoder.lm_head.weight
-    return sum(each.numel() * each.element_size() for each in [*matrices, head])
+    return sum(each.numel() * each.element_size() for each in matrices)
 
 
 def table(title: str, rows: Sequence[Row], memory_ms: float) -> Table:
