@@ -16,7 +16,7 @@ def quantize(
     """Write a model with its weights rounded to int8 or int4.
 
     The folder loads by its name like any other, computes what --quantization computes, and is in
-    compressed-tensors' format, which vLLM and transformers read too.
+    compressed-tensors' format.
     """
     from specinfer.models.quantization import read_quantization
     from specinfer.models.quantized_folder import quantize_folder
