@@ -7,7 +7,6 @@ only when the model is known (lengths, pages, dtype) is resolved once, in `engin
 import ast
 import itertools
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -39,6 +38,9 @@ GROWN_TREES = ("auto", "calibrated", "best-first")
 _DEFAULT_NODES = {"auto": 64, "calibrated": 32, "best-first": 32, "sequoia": 64}
 _DEFAULT_DEPTH = 16
 _MAX_NODES = 2048
+
+LARGEST = 1e30
+"""Of temperatures and biases: with all others at their largest, float32 still holds a logit."""
 
 
 def parse_tree(text: str) -> tuple[int, ...]:
@@ -112,7 +114,7 @@ class Speculation:
                        shape says, else 32, at most 64 for "auto" and "sequoia", which then have
                        the size that measured times make best
     max_depth          deepest node, in tokens after the root; None: as the shape says, else 16
-    draft_temperature  the drafters' temperature; None: the request's own
+    draft_temperature  the drafters' temperature, in [1e-5, 1e30]; None: the request's own
     control            who sets the length of a chain in each step: "auto" (nobody; prices set the
                        size of tree="auto"), or, to be measured against, "gammatune" | "smartspec"
     draw               how slots are drawn: "auto" (picks when greedy, seeded, matched or no warmer
@@ -153,8 +155,10 @@ class Speculation:
         if self.max_depth is not None and self.max_depth > MAX_DEPTH:
             raise ConfigError(f"max_depth={self.max_depth} must be at most {MAX_DEPTH}")
         temperature = self.draft_temperature
-        if temperature is not None and not (is_number(temperature) and 0 < temperature < math.inf):
-            raise ConfigError(f"draft_temperature={temperature!r} must be above 0 and finite")
+        if temperature is not None and not (
+            is_number(temperature) and 1e-5 <= temperature <= LARGEST
+        ):
+            raise ConfigError(f"draft_temperature={temperature!r} must be in [1e-5, 1e30]")
         self._check_independence()
 
     def _check_independence(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from specinfer.config import Speculation, check_integer, is_number, read_speculation
+from specinfer.config import LARGEST, Speculation, check_integer, is_number, read_speculation
 from specinfer.errors import ConfigError
 from specinfer.structured import (
     StructuredOutputsParams,
@@ -28,7 +28,7 @@ class SamplingParams:
     """How to sample one request.
 
     n                sampled continuations of the prompt
-    temperature      0 is greedy
+    temperature      0 is greedy; at most 1e30
     top_k            keep the k likeliest tokens; 0 or -1: all
     top_p            keep the likeliest tokens whose mass reaches this, in (0, 1]
     min_p            drop tokens below this share of the likeliest one's probability, in [0, 1]
@@ -42,8 +42,8 @@ class SamplingParams:
     prediction       what the output is expected to repeat for the most part, as text or token ids:
                      a source of guesses, never a constraint (OpenAI's predicted outputs)
     speculation      this request's own, such as {"tree": "off"}; None: the engine's
-    target_tpot_s    a goal for the time per output token after the first, in seconds: a sequence
-                     that is late is given more of the step's drafting
+    target_tpot_s    a goal for the time per output token after the first, in seconds, at least
+                     1e-4: a sequence that is late is given more of the step's drafting
     priority         lower is served earlier, with scheduling_policy="priority" alone
     cache_salt       requests share K and V of equal beginnings only where their salts are equal: a
                      secret keeps others from telling by the time what was asked before
@@ -53,8 +53,8 @@ class SamplingParams:
     presence_penalty    taken from the logits of tokens that the output has, in [-2, 2]
     frequency_penalty   the same as often as the output has them, in [-2, 2]
     repetition_penalty  divides the logits of tokens that prompt or output have, or multiplies them
-                        where they are negative; above 0, 1 for none
-    logit_bias          {token id: what is added to its logit}
+                        where they are negative; in [0.01, 100], 1 for none
+    logit_bias          {token id: what is added to its logit}, in [-1e30, 1e30]
     bad_words           texts that the output will not have: the token that would complete one, as
                         the tokenizer writes it at the start of a text or after a space, is banned
     allowed_token_ids   the only tokens that may come, end tokens included
@@ -106,17 +106,17 @@ class SamplingParams:
         self._check_types()
         _ = self.own_speculation, self.structure
         requirements = (
-            ("temperature", 0 <= self.temperature < math.inf, "finite and at least 0"),
+            ("temperature", 0 <= self.temperature <= LARGEST, "at least 0 and at most 1e30"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             (
                 "target_tpot_s",
-                self.target_tpot_s is None or 0 < self.target_tpot_s < math.inf,
-                "above 0 and finite",
+                self.target_tpot_s is None or 1e-4 <= self.target_tpot_s < math.inf,
+                "at least 0.0001 and finite",
             ),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 and finite"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "in [0.01, 100]"),
             (
                 "allowed_token_ids",
                 self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
@@ -160,9 +160,11 @@ class SamplingParams:
             raise ConfigError(f"bad_words={self.bad_words!r} must be a list of strings")
         biases = {} if self.logit_bias is None else self.logit_bias
         if not isinstance(biases, Mapping) or not all(
-            is_number(bias) and math.isfinite(bias) for bias in biases.values()
+            is_number(bias) and abs(bias) <= LARGEST for bias in biases.values()
         ):
-            raise ConfigError(f"logit_bias={biases!r} must give a finite number per token id")
+            raise ConfigError(
+                f"logit_bias={biases!r} must give a number in [-1e30, 1e30] per token id"
+            )
         if not isinstance(self.prediction, str | Sequence | None):
             raise ConfigError(
                 f"prediction={self.prediction!r} must be a text or a list of token ids"

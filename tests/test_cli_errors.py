@@ -125,7 +125,7 @@ def test_a_drafter_with_another_vocabulary(tmp_path: Path) -> None:
         (["Hi", "--tree", "1,0,x"], ["tree='1,0,x'", "widths"]),
         (["Hi", "--tree", "bonsai"], ["bonsai", "sequoia", "calibrated"]),
         (["Hi", "--control", "gammatune"], ["control='gammatune'", 'tree="1,1,1,1"']),
-        (["Hi", "--target-tpot-s", "0"], ["target_tpot_s=0.0", "above 0"]),
+        (["Hi", "--target-tpot-s", "0"], ["target_tpot_s=0.0", "at least 0.0001"]),
         (["Hi", "--calibration", "/no/such/file"], ["/no/such/file", "folder that exists"]),
         (
             ["Hi", "--drafter", "ngram", "--tree", "1,1", "--control", "smartspec"],

@@ -48,7 +48,9 @@ def test_a_malformed_shape(tree: str) -> None:
         ({"tree": "4x2", "verifier": "kseq", "draw": "pick"}, 'needs draw="iid"'),
         ({"control": "wrong"}, "use one of auto, gammatune, smartspec"),
         ({"control": "gammatune", "tree": "2,1"}, "sets the length of a chain"),
-        ({"draft_temperature": 0.0}, "draft_temperature=0.0 must be above 0"),
+        ({"draft_temperature": 0.0}, r"draft_temperature=0.0 must be in \[1e-5"),
+        ({"draft_temperature": 1e-40}, "draft_temperature=1e-40 must be in"),
+        ({"draft_temperature": 1e40}, "must be in"),
     ],
 )
 def test_speculation_that_cannot_be(changes: dict[str, Any], words: str) -> None:

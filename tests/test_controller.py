@@ -425,6 +425,7 @@ def test_urgency_grows_with_lateness_between_bounds() -> None:
     assert values[0] == 0.25
     assert values[-1] == 4.0
     assert urgency(0.1, 0.1 * 11 - 0.02, 10, 0.02) == pytest.approx(1.0)
+    assert urgency(1e-300, 1.5, 10, 0.02) == 4.0
     assert urgency(0.1, 1.5, 10, 0.02) > 1 > urgency(0.1, 0.8, 10, 0.02)
 
 

@@ -386,4 +386,4 @@ def urgency(goal_s: float | None, elapsed_s: float, num_tokens: int, step_s: flo
     if goal_s is None:
         return 1.0
     pace = (elapsed_s + step_s) / (num_tokens + 1)
-    return min(4.0, max(0.25, (pace / goal_s) ** 2))
+    return min(2.0, max(0.5, pace / goal_s)) ** 2
