@@ -143,7 +143,7 @@ class PathMatcher:
         self._masks: dict[Tokens, Bits | None] = {}  # of paths below it
         self._is_open = True  # no token has come that the grammar does not know
         self._row = np.zeros((1, -(-vocab_size // 32)), np.int32)
-        self._num_bytes = -(-vocab_size // 8)
+        self._known = np.packbits(np.ones(vocab_size, np.bool_), bitorder="little")
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Take in committed output tokens."""
@@ -178,7 +178,8 @@ class PathMatcher:
 
     def _mask(self) -> Bits:
         self._matcher.fill_next_token_bitmask(self._row)
-        return self._row.view(np.uint8)[0, : self._num_bytes].copy()
+        # xgrammar also sets bits behind the vocabulary: no token is left only where none is set
+        return self._row.view(np.uint8)[0, : len(self._known)] & self._known
 
     def _go(self, path: Tokens) -> bool:
         """Whether the grammar knows a path; if so, the matcher stands at its end."""

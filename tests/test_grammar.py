@@ -11,8 +11,10 @@ import pytest
 from specinfer import grammar
 from specinfer.errors import DependencyError, RequestError
 from specinfer.grammar import GrammarCompiler, PathMatcher, single_token
-from specinfer.history import pack
+from specinfer.history import History, pack
+from specinfer.request import SamplingParams
 from specinfer.structured import StructuredOutputsParams
+from specinfer.tree import TokenTree
 
 pytest.importorskip("xgrammar")
 
@@ -124,6 +126,28 @@ def test_what_no_grammar_knows_leaves_everything_open(compiler: GrammarCompiler)
     assert own.allowed(()) is None
     own.advance(encode("a"))
     assert own.allowed(()) is None
+
+
+def test_no_bit_is_set_behind_the_vocabulary(compiler: GrammarCompiler) -> None:
+    """Else a mask without a lawful token would seem to have some."""
+    bits = matcher(compiler, choice=["a"]).allowed(())
+    np.testing.assert_array_equal(bits, pack([65], len(PIECES)))
+    assert single_token(bits) == 65
+
+
+def test_a_ban_that_would_leave_nothing_is_left_out(compiler: GrammarCompiler) -> None:
+    params = SamplingParams(structured_outputs={"choice": ["a"]}, bad_words=["a"])
+    history = History(
+        params,
+        num_prompt=1,
+        vocab_size=len(PIECES),
+        bad_words=[(65,)],
+        grammar=matcher(compiler, choice=["a"]),
+    )
+    edits = history.edits([0], TokenTree(0), [0])
+    assert edits is not None
+    assert edits.admits(0, 65)
+    assert sum(edits.admits(0, token) for token in range(len(PIECES))) == 1
 
 
 def test_special_tokens_are_no_text(compiler: GrammarCompiler) -> None:
