@@ -199,6 +199,48 @@ def test_a_call_that_must_come_is_held_to_its_schema(
             assert arguments == call.function.arguments
 
 
+def test_calls_with_definitions_of_their_own(
+    real: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pydantic writes: both tools define a City, one of them refers to itself."""
+    short = TEMPLATE.replace("{{ tool.function.parameters | tojson }}", "")
+    monkeypatch.setattr(real.tokenizer, "chat_templates", {"default": short})
+    monkeypatch.setattr(real.tokenizer, "_compiled", {})
+    tools = []
+    for name, word in (("visit", "$defs"), ("leave", "definitions")):
+        parameters = {
+            word: {"City": {"enum": [f"{name} Bern", f"{name} Rome"]}},
+            "type": "object",
+            "properties": {"city": {"$ref": f"#/{word}/City"}},
+            "required": ["city"],
+        }
+        if name == "leave":
+            parameters["properties"]["then"] = {"anyOf": [{"$ref": "#"}, {"type": "null"}]}
+        tools.append({"type": "function", "function": {"name": name, "parameters": parameters}})
+    with serving(service_of(real)) as url:
+        asked = {"messages": ASK, "tool_choice": "required", "max_tokens": 150, "seed": 1}
+        for tool in tools:
+            name = tool["function"]["name"]
+            answer = post(url, "/v1/chat/completions", asked | {"tools": [tool]})
+            assert answer.status_code == 200, answer.text
+            call = answer.json()["choices"][0]["message"]["tool_calls"][0]["function"]
+            assert call["name"] == name
+            assert json.loads(call["arguments"])["city"] in (f"{name} Bern", f"{name} Rome")
+        assert post(url, "/v1/chat/completions", asked | {"tools": tools}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [({"strict": True}, "'get_weather' is strict"), ({}, "skip_special_tokens cannot be true")],
+)
+def test_what_calls_that_may_come_cannot_keep(url: str, more: Any, words: str) -> None:
+    tool = WEATHER | {"function": WEATHER["function"] | more}
+    body = {"messages": ASK, "tools": [tool], "skip_special_tokens": not more}
+    answer = post(url, "/v1/chat/completions", body)
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+
+
 def test_formats_are_seen_in_templates() -> None:
     assert detect_format(TEMPLATE) == "hermes"
     assert detect_format("{{ tools }} [TOOL_CALLS]") == "mistral"

@@ -61,6 +61,13 @@ def chat_params(llm: LLM, body: ChatRequest, **more: Any) -> SamplingParams:
     fields = _common_fields(body)
     if twice := fields.keys() & more.keys() & {"structured_outputs", "response_format"}:
         raise ApiError(400, f"{min(twice)} and tool_choice exclude each other: give one")
+    if fields.get("skip_special_tokens") and more.get("skip_special_tokens") is False:
+        raise ApiError(
+            400,
+            "skip_special_tokens cannot be true with tools, whose calls are found by special "
+            "tokens: leave it out",
+            param="skip_special_tokens",
+        )
     fields |= more
     if body.max_completion_tokens is not None:
         if body.max_tokens not in (None, body.max_completion_tokens):

@@ -75,6 +75,14 @@ class ToolUse:
         kind: Choice = (
             "named" if name is not None else "required" if choice == "required" else "auto"
         )
+        strict = [tool.function.name for tool in body.tools if tool.function.strict]
+        if kind == "auto" and strict:
+            raise ApiError(
+                400,
+                f"the function {strict[0]!r} is strict, and only calls that must come are held to "
+                'their schema: leave strict out, or set tool_choice to "required" or the tool',
+                param="tools",
+            )
         if kind == "auto" and found is None:
             raise ApiError(
                 400,
@@ -123,20 +131,39 @@ class ToolUse:
         )
 
     def _calls_schema(self) -> dict[str, Any]:
+        """A list of calls. Parameters stand where their own references still lead somewhere."""
+        places = [f"parameters_{index}" for index in range(len(self.tools))]
         calls = [
             {
                 "type": "object",
                 "properties": {
                     "name": {"type": "string", "enum": [tool.function.name]},
-                    "parameters": _parameters(tool),
+                    "parameters": {"$ref": f"#/$defs/{place}"},
                 },
                 "required": ["name", "parameters"],
                 "additionalProperties": False,
             }
-            for tool in self.tools
+            for tool, place in zip(self.tools, places, strict=True)
         ]
+        defined = {
+            place: _moved(_parameters(tool), f"#/$defs/{place}")
+            for tool, place in zip(self.tools, places, strict=True)
+        }
         most = {} if self.is_parallel else {"maxItems": 1}
-        return {"type": "array", "minItems": 1, **most, "items": {"anyOf": calls}}
+        items = {"anyOf": calls}
+        return {"type": "array", "minItems": 1, **most, "items": items, "$defs": defined}
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """A schema whose references to itself lead to where it stands now."""
+    if isinstance(schema, list):
+        return [_moved(each, root) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {name: _moved(inner, root) for name, inner in schema.items()}
+    if isinstance(to := schema.get("$ref"), str) and to.startswith("#"):
+        moved["$ref"] = root + to[1:]
+    return moved
 
 
 def _parameters(tool: Tool) -> dict[str, Any]:
