@@ -21,6 +21,9 @@ _NOT_ENFORCED = (
 _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions")
 _OF_SCHEMAS = ("allOf", "anyOf", "oneOf", "prefixItems")
 
+MAX_DEPTH = 64
+"""Objects and lists within one another: what walks a schema does so by recursion."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
@@ -61,6 +64,8 @@ class StructuredOutputsParams:
         if self.choice is not None and not _are_texts(self.choice):
             raise _bad(f"choice={self.choice!r} must be a list of strings, none of them empty")
         if self.json is not None:
+            if is_deeper(self.schema, MAX_DEPTH):
+                raise _bad(f"json is nested more than {MAX_DEPTH} deep: make it flatter")
             for problem in _problems(self.schema):
                 raise _bad(f"json {problem}")
 
@@ -79,7 +84,7 @@ class StructuredOutputsParams:
             return self.json
         try:
             return json.loads(self.json)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _bad(f"json is no JSON: {error}") from None
 
 
@@ -125,6 +130,18 @@ def read_response_format(asked: Any) -> StructuredOutputsParams | None:
     return StructuredOutputsParams(json=schema)
 
 
+def is_deeper(value: Any, most: int) -> bool:
+    """Whether more objects and lists than that stand within one another."""
+    level = [value]
+    for _ in range(most + 1):
+        outer = [each for each in level if isinstance(each, Mapping | list | tuple)]
+        if not outer:
+            return False
+        inner = (each.values() if isinstance(each, Mapping) else each for each in outer)
+        level = [each for values in inner for each in values]
+    return True
+
+
 def _bad(problem: str) -> ConfigError:
     return ConfigError(f"structured_outputs: {problem}")
 
@@ -144,6 +161,9 @@ def _problems(schema: Any, where: str = "") -> Iterator[str]:
     for word in _NOT_ENFORCED:
         if word in schema:
             yield f"{here} has {word!r}, which cannot be kept while writing: leave it out"
+    for word in _OF_SCHEMAS:
+        if not isinstance(schema.get(word, []), list | tuple):
+            yield f"{here} has {word}={schema[word]!r}, which must be a list of schemas"
     if len(schema.get("allOf", ())) > 1:
         yield f"{here} has an allOf of several schemas: merge them into one"
     if "pattern" in schema and schema.keys() & {"minLength", "maxLength"}:
@@ -153,9 +173,8 @@ def _problems(schema: Any, where: str = "") -> Iterator[str]:
             for name, inner in schema[word].items():
                 yield from _problems(inner, f"{where}.{word}.{name}".lstrip("."))
     for word in _OF_SCHEMAS:
-        if isinstance(schema.get(word), Sequence):
-            for inner in schema[word]:
-                yield from _problems(inner, f"{where}.{word}".lstrip("."))
+        for inner in schema.get(word, ()):
+            yield from _problems(inner, f"{where}.{word}".lstrip("."))
     for word in ("items", "additionalProperties", "propertyNames"):
         if isinstance(schema.get(word), Mapping):
             yield from _problems(schema[word], f"{where}.{word}".lstrip("."))

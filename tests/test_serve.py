@@ -120,6 +120,12 @@ def test_several_samples_and_seeds(client: OpenAI) -> None:
     assert [choice.message.content for choice in off.choices] == texts
 
 
+def test_seeds_may_be_negative(url: str) -> None:
+    body = {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 1}
+    answers = [post(url, "/v1/completions", body | {"seed": -5}).json() for _ in range(2)]
+    assert answers[0]["choices"] == answers[1]["choices"]
+
+
 def test_completions_take_every_form_of_prompt(client: OpenAI, llm: AsyncLLM) -> None:
     texts = ["Once upon a time", "I want to book"]
     ids = [llm.tokenizer.encode(text) for text in texts]

@@ -19,6 +19,7 @@ from specinfer.serve.errors import ApiError
 from specinfer.serve.settings import ServerSettings
 from tests.engines import free_blocks
 from tests.serving import CLIENT, MODEL, pair, post, service_of, serving, until
+from tests.test_structured import nested
 
 HI = [{"role": "user", "content": "Hi"}]
 LONG = {"prompt": "Once upon a time", "max_tokens": 240, "temperature": 0, "ignore_eos": True}
@@ -49,6 +50,10 @@ def refusal(answer: httpx.Response, status: int) -> dict[str, Any]:
     return dict(body["error"])
 
 
+TOO_DEEP = (400, "structured_outputs", "nested more than 64 deep")
+NO_JSON = (400, "structured_outputs", "json is no JSON")
+ALL_OF = (400, "structured_outputs", "allOf=5")
+
 BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, {}, 400, "prompt", "required"),
     (COMPLETIONS, {"prompt": "x", "foo": 1}, 400, "foo", "unknown parameter: foo"),
@@ -70,7 +75,15 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, {"prompt": [-1]}, 400, "prompt[0]", ""),
     (COMPLETIONS, {"prompt": "x", "stop": ""}, 400, "stop", ""),
     (COMPLETIONS, {"prompt": "x", "stop": ["y" * 2000]}, 400, "stop[0]", "1024"),
-    (COMPLETIONS, {"prompt": "x", "seed": -1}, 400, "seed", ""),
+    (COMPLETIONS, {"prompt": "x", "seed": 1 << 63}, 400, "seed", ""),
+    (COMPLETIONS, {"prompt": [True, False]}, 400, "prompt[0]", ""),
+    (COMPLETIONS, {"prompt": "x", "max_tokens": "3"}, 400, "max_tokens", "integer"),
+    (COMPLETIONS, {"prompt": "x", "echo": 1}, 400, "echo", "boolean"),
+    (COMPLETIONS, {"prompt": "x", "repetition_penalty": 1e-40}, 400, "repetition_penalty", "in ["),
+    (COMPLETIONS, {"prompt": "x", "target_tpot_s": 1e-300}, 400, "target_tpot_s", "at least"),
+    (COMPLETIONS, {"prompt": "x", "structured_outputs": {"json": nested(400)}}, *TOO_DEEP),
+    (COMPLETIONS, {"prompt": "x", "guided_json": "[" * 50_000}, *NO_JSON),
+    (COMPLETIONS, {"prompt": "x", "guided_json": {"allOf": 5}}, *ALL_OF),
     (COMPLETIONS, {"prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias", "by id"),
     (COMPLETIONS, {"prompt": "x", "speculation": {"tree": "oak"}}, 400, "tree", "tree shape"),
     (
@@ -105,6 +118,11 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
         {"messages": HI, "chat_template_kwargs": {"messages": []}},
         *(400, "chat_template_kwargs", "messages"),
     ),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "x", "more": nested(400)}]},
+        *(400, "messages[0]", "nested more than 64 deep"),
+    ),
     ("/tokenize", {}, 400, "prompt", "either"),
     ("/detokenize", {"tokens": [99999]}, 400, "tokens", "99999"),
     ("/v1/nothing", {}, 404, None, "Not Found"),
@@ -127,6 +145,12 @@ def test_what_cannot_be_is_refused(
     error = refusal(post(url, path, body | streamed), status)
     assert words in error["message"]
     assert error["param"] == param
+
+
+@pytest.mark.parametrize("name", ["self", "documents", "enable_thinking"])
+def test_templates_may_be_told_anything(url: str, name: str) -> None:
+    body = {"messages": HI, "max_tokens": 1, "chat_template_kwargs": {name: 1}}
+    assert post(url, CHAT, body).status_code == 200
 
 
 @pytest.mark.parametrize("field", ["best_of", "use_beam_search", "suffix", "stop", "user", "seed"])

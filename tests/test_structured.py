@@ -6,7 +6,16 @@ import pytest
 
 from specinfer.errors import ConfigError
 from specinfer.request import SamplingParams
-from specinfer.structured import StructuredOutputsParams, read_response_format
+from specinfer.structured import StructuredOutputsParams, is_deeper, read_response_format
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """Arrays of arrays of … strings."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
@@ -48,6 +57,9 @@ def test_the_ways_to_ask_mean_the_same() -> None:
             "properties.a.items has 'not', which cannot be kept",
         ),
         ({"json": {"allOf": [{}, {}]}}, "allOf of several"),
+        ({"json": {"allOf": 5}}, "allOf=5, which must be a list"),
+        ({"json": nested(950)}, "nested more than 64 deep"),
+        ({"json": "[" * 100_000}, "no JSON"),
         ({"json": {"$defs": {"x": {"pattern": "a", "maxLength": 3}}}}, "defs.x has a pattern and"),
         ({"gramar": "x"}, "has no 'gramar': known are json, regex"),
     ],
@@ -56,6 +68,13 @@ def test_what_could_not_be_kept_is_refused(fields: dict[str, Any], words: str) -
     with pytest.raises(ConfigError) as caught:
         SamplingParams(structured_outputs=fields)
     assert words.replace("..", "[]") in str(caught.value)
+
+
+def test_depth_has_an_end() -> None:
+    assert StructuredOutputsParams(json=nested(60)).kind == "json"
+    assert is_deeper([[[]]], 2)
+    assert not is_deeper([[[]]], 3)
+    assert not is_deeper({"a": [1, "text"]}, 2)
 
 
 def test_names_of_properties_are_no_keywords() -> None:

@@ -5,16 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specinfer.errors import CapacityError, ConfigError, DependencyError, RequestError
-
-UNSUPPORTED: Mapping[str, Any] = {
-    "best_of": 1,
-    "suffix": "",
-    "use_beam_search": False,
-    "length_penalty": 1.0,
-    "spaces_between_special_tokens": True,
-    "modalities": ["text"],
-}
-"""Fields of other servers, and the value that asks for what happens anyway: that one is taken."""
+from specinfer.serve.schema import UNSUPPORTED
 
 _TYPES = {
     401: "authentication_error",

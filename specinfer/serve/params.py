@@ -8,7 +8,7 @@ from specinfer.serve.errors import ApiError
 from specinfer.serve.schema import ChatRequest, CompletionRequest, SamplingBody, StreamOptions
 
 _SAME_NAMES = (
-    *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
+    *("n", "temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids"),
     *("min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "bad_words"),
     *("allowed_token_ids", "prompt_logprobs", "priority", "cache_salt"),
@@ -108,6 +108,8 @@ def check_room(llm: LLM, num_prompt: int, params: SamplingParams, limit: int | N
 def _common_fields(body: SamplingBody) -> dict[str, Any]:
     given = body.model_fields_set
     fields = {name: getattr(body, name) for name in _SAME_NAMES if name in given}
+    if body.seed is not None:
+        fields["seed"] = body.seed % (1 << 64)  # OpenAI's may be negative
     if body.logit_bias:
         fields["logit_bias"] = _token_bias(body.logit_bias)
     if body.response_format is not None and body.response_format.get("type") != "text":

@@ -4,19 +4,41 @@ A field that is not here is refused by name, for what is not understood cannot b
 good as absent. Fields that only label a request are taken and change nothing.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
 
 from specinfer.config import Control, Draw, VerifierName
-from specinfer.serve.errors import UNSUPPORTED
+from specinfer.structured import MAX_DEPTH, is_deeper
+
+UNSUPPORTED: Mapping[str, Any] = {
+    "best_of": 1,
+    "suffix": "",
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "spaces_between_special_tokens": True,
+    "modalities": ["text"],
+}
+"""Fields of other servers, and the value that asks for what happens anyway: that one is taken."""
 
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 20
 
+
+def _check_depth(value: Any) -> Any:
+    if is_deeper(value, MAX_DEPTH):
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep: make it flatter")
+    return value
+
+
+# JSON's own kinds: no number as text, no true as 1
+Int = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+Flag = Annotated[bool, Strict()]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
-TokenIds = list[Annotated[int, Field(ge=0, lt=1 << 31)]]
-Json = dict[str, Any]
+TokenIds = list[Annotated[Int, Field(ge=0, lt=1 << 31)]]
+Json = Annotated[dict[str, Any], AfterValidator(_check_depth)]
 
 
 class Body(BaseModel):
@@ -41,9 +63,9 @@ class SpeculationOptions(Body):
 
     tree: Annotated[str, Field(max_length=2048)] = "auto"
     verifier: VerifierName = "auto"
-    max_nodes: int | None = None
-    max_depth: int | None = None
-    draft_temperature: float | None = None
+    max_nodes: Int | None = None
+    max_depth: Int | None = None
+    draft_temperature: Number | None = None
     draw: Draw = "auto"
     control: Control = "auto"
 
@@ -63,9 +85,9 @@ class StreamOptions(Body):
     include_tree            each step's token tree, as `tree` of the step's chunk
     """
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-    include_tree: bool = False
+    include_usage: Flag = False
+    continuous_usage_stats: Flag = False
+    include_tree: Flag = False
     include_obfuscation: Literal[False] = False
 
 
@@ -73,49 +95,49 @@ class SamplingBody(Body):
     """How to sample, in OpenAI's names and vLLM's; left out: the model's own defaults."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    max_tokens: Annotated[Int, Field(ge=0)] | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    n: Annotated[Int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    seed: Annotated[Int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    stream: bool = False
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    stream: Flag = False
     stream_options: StreamOptions | None = None
     prediction: Prediction | None = None
     response_format: Json | None = None
     # vLLM's
-    top_k: int | None = None
-    min_p: float | None = None
-    min_tokens: int | None = None
-    repetition_penalty: float | None = None
+    top_k: Int | None = None
+    min_p: Number | None = None
+    min_tokens: Int | None = None
+    repetition_penalty: Number | None = None
     stop_token_ids: TokenIds | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: Flag | None = None
+    ignore_eos: Flag | None = None
+    skip_special_tokens: Flag | None = None
     allowed_token_ids: TokenIds | None = None
     bad_words: list[Annotated[str, Field(max_length=1024)]] | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     structured_outputs: Json | None = None
     guided_json: str | Json | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    priority: int | None = None
+    priority: Int | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
-    add_special_tokens: bool | None = None
-    return_token_ids: bool = False
-    return_tokens_as_token_ids: bool = False
+    add_special_tokens: Flag | None = None
+    return_token_ids: Flag = False
+    return_tokens_as_token_ids: Flag = False
     # ours
     speculation: SpeculationOptions | None = None
-    target_tpot_s: float | None = None
-    include_metrics: bool = False
+    target_tpot_s: Number | None = None
+    include_metrics: Flag = False
     # labels: they change nothing
     user: str | None = None
     metadata: Json | None = None
-    store: bool | None = None
+    store: Flag | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -125,8 +147,8 @@ class CompletionRequest(SamplingBody):
     """`/v1/completions`."""
 
     prompt: str | list[str] | TokenIds | list[TokenIds]
-    echo: bool = False
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: Flag = False
+    logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
 class TextPart(Body):
@@ -156,6 +178,11 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_depth(cls, message: Any) -> Any:
+        return _check_depth(message)
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     tool_calls: list[ToolCall] | None = None
@@ -167,7 +194,7 @@ class Function(Body):
     name: Annotated[str, Field(min_length=1, max_length=256)]
     description: str | None = None
     parameters: Json | None = None
-    strict: bool | None = None
+    strict: Flag | None = None
 
 
 class Tool(Body):
@@ -194,15 +221,15 @@ class ChatRequest(SamplingBody):
     """`/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=0)] | None = None
+    logprobs: Flag = False
+    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: Flag = True
     chat_template_kwargs: Json | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: Flag = True
+    continue_final_message: Flag = False
 
 
 class TokenizeRequest(Body):
@@ -212,11 +239,11 @@ class TokenizeRequest(Body):
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_special_tokens: Flag | None = None
+    add_generation_prompt: Flag = True
+    continue_final_message: Flag = False
     chat_template_kwargs: Json | None = None
-    return_token_strs: bool = False
+    return_token_strs: Flag = False
 
 
 class DetokenizeRequest(Body):

@@ -15,6 +15,9 @@ from specinfer.errors import CheckpointError, RequestError
 
 Message = Mapping[str, Any]
 
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, RecursionError)
+"""What a template raises on messages it was not made for, nested too deep among them."""
+
 
 class ChatTemplate:
     """One compiled template.
@@ -38,7 +41,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise CheckpointError(f"the model's chat template cannot be read: {error}") from error
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], /, **variables: Any) -> str:
         """The prompt that these messages stand for.
 
         raises  RequestError if there are none, or if the template refuses them
@@ -51,7 +54,7 @@ class ChatTemplate:
         try:
             # Through JSON: templates come from strangers, and see only plain data
             return self._compiled.render(json.loads(json.dumps({**variables, "messages": chat})))
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError) as error:
+        except _REFUSALS as error:
             message = f"the model's chat template refuses these messages: {error}"
             raise RequestError(message) from error
 

@@ -137,6 +137,7 @@ class Tokenizer:
     def render_chat(
         self,
         messages: Sequence[Message],
+        /,
         *,
         add_generation_prompt: bool = True,
         template: str | None = None,
@@ -158,10 +159,13 @@ class Tokenizer:
             self._compiled[template] = ChatTemplate(self.chat_templates[template])
         return self._compiled[template].render(
             messages,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **{**self.special_tokens, **variables},
+            **{
+                "tools": tools,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                **self.special_tokens,
+                **variables,
+            },
         )
 
     def apply_chat_template(
