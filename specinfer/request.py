@@ -250,7 +250,8 @@ class RequestStats:
     accepted_by_depth   entry d - 1: how many were accepted at depth d
     accepted_by_source  per drafter's name, how many of the accepted it was the first to propose
     num_predicted       tokens of the request's `prediction`, and num_predicted_accepted of the
-                        accepted tokens that it proposed, the first to do so or not
+                        accepted tokens that it proposed, the first to do so or not: of a sample no
+                        more than it has
     num_cached_tokens   prompt tokens whose K and V were there already; of several samples the most
     num_preemptions     times it gave its pages up and was computed again
     tpot_s              seconds per output token after the first; of several samples the slowest
@@ -299,7 +300,8 @@ class RequestStats:
         self.num_drafted += other.num_drafted
         self.num_accepted += other.num_accepted
         self.num_predicted += other.num_predicted
-        self.num_predicted_accepted += other.num_predicted_accepted
+        # A repeated prediction is accepted more often than it has tokens: each sample's ends there
+        self.num_predicted_accepted += min(other.num_predicted_accepted, other.num_predicted)
         self.num_cached_tokens = max(self.num_cached_tokens, other.num_cached_tokens)
         self.num_preemptions += other.num_preemptions
         self.tpot_s = max(self.tpot_s, other.tpot_s)

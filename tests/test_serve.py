@@ -12,8 +12,9 @@ from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, OpenAI
 
 from specinfer.async_llm import AsyncLLM
-from specinfer.request import SamplingParams
+from specinfer.request import RequestOutput, RequestStats, SamplingParams
 from specinfer.serve.state import Service
+from specinfer.serve.usage import usage_of
 from tests.engines import free_blocks
 from tests.serving import CLIENT, MODEL, pair, post, service_of, serving, until
 
@@ -191,6 +192,17 @@ def test_a_prediction_is_counted_as_openai_counts(client: OpenAI) -> None:
     assert wrong.usage is not None
     assert wrong.usage.completion_tokens_details is not None
     assert wrong.usage.completion_tokens_details.rejected_prediction_tokens > 2
+
+
+def test_each_sample_s_prediction_is_accepted_once() -> None:
+    once, never = RequestStats(num_predicted=3), RequestStats(num_predicted=3)
+    once.num_predicted_accepted = 9  # the output repeats what was predicted
+    both = RequestStats()
+    both.add(once)
+    both.add(never)
+    output = RequestOutput("r", None, [1], [], True, both)
+    details = usage_of([output])["completion_tokens_details"]
+    assert details == {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 3}
 
 
 def test_what_speculation_did_is_told_on_request(url: str) -> None:
@@ -378,6 +390,9 @@ def test_usage_in_every_chunk(url: str) -> None:
     counts = [json.loads(e[6:])["usage"]["completion_tokens"] for e in events if "{" in e]
     assert counts == sorted(counts)
     assert counts[-1] == 12
+    echoed = body | {"max_tokens": 0, "echo": True}
+    events = post(url, "/v1/completions", echoed).text.split("\n\n")
+    assert {json.loads(e[6:])["usage"]["completion_tokens"] for e in events if "{" in e} == {0}
 
 
 def test_a_stream_carries_trees_where_asked(url: str) -> None:

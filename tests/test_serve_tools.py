@@ -272,6 +272,7 @@ PLACES = [
     {5: entry(-0.5, 2, "Hel"), 6: entry(-0.25, 1, "Hi"), 7: entry(float("-inf"), 3, "x")},
     {6: entry(-0.125, 1, "lo"), 5: entry(-3.0, 2, "la")},
 ]
+PLACE = entry(-0.5, 2, "Hel")
 
 
 def test_the_shapes_of_log_probabilities(
@@ -320,6 +321,14 @@ def test_the_shapes_of_log_probabilities(
         assert of_prompt is not None
         assert of_prompt.token_logprobs == [None, -1.0]
         assert of_prompt.tokens == ["Hi", "x"]
+        llm.prompt_logprobs = [None, {7: entry(-1.0, 3, "x"), 6: entry(-0.1, 1, "Hi"), 5: PLACE}]
+        both = client.completions.create(
+            model=MODEL, prompt=[6, 7], logprobs=2, echo=True, extra_body={"prompt_logprobs": 1}
+        ).choices[0]
+        assert llm.asked[-1][1].prompt_logprobs == 2
+        assert both.logprobs is not None
+        assert both.logprobs.top_logprobs[1] == {"Hi": -0.1, "Hel": -0.5, "x": -1.0}
+        assert list(both.prompt_logprobs[1]) == ["7", "6"]  # type: ignore[attr-defined]
     finally:
         del llm.tokenizer.decode
 

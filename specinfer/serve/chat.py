@@ -80,7 +80,7 @@ class ChatShape:
             more["prompt_token_ids"] = output.prompt_token_ids
         of_prompt: Any = output.prompt_logprobs
         if of_prompt is not None:
-            more["prompt_logprobs"] = prompt_logprobs(of_prompt)
+            more["prompt_logprobs"] = prompt_logprobs(of_prompt, self._body.prompt_logprobs or 0)
         return {"choices": [self._whole_choice(each) for each in output.outputs], **more}
 
     def _whole_choice(self, each: CompletionOutput) -> Json:

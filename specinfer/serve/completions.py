@@ -105,8 +105,9 @@ class CompletionShape:
             choice["token_ids"] = delta.token_ids
             if is_first:
                 choice["prompt_token_ids"] = list(self._prompts[prompt])
-        if is_first and self._body.prompt_logprobs is not None and of_prompt is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(of_prompt)
+        top = self._body.prompt_logprobs
+        if is_first and top is not None and of_prompt is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(of_prompt, top)
         return choice
 
     def _echo(self, prompt: int) -> str:

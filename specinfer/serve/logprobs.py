@@ -95,18 +95,21 @@ def completion_logprobs(
     return shape
 
 
-def prompt_logprobs(places: Sequence[Logprobs | None]) -> list[dict[str, Any] | None]:
-    """vLLM's shape, per token of the prompt; None for the first."""
+def prompt_logprobs(places: Sequence[Logprobs | None], top: int) -> list[dict[str, Any] | None]:
+    """vLLM's shape, per token of the prompt; None for the first.
+
+    top  so many of the likeliest at each place, beside the token that stands there
+    """
     return [
         None
         if place is None
         else {
             str(token_id): {
-                "logprob": max(entry.logprob, LEAST),
-                "rank": entry.rank,
-                "decoded_token": entry.decoded_token,
+                "logprob": max(place[token_id].logprob, LEAST),
+                "rank": place[token_id].rank,
+                "decoded_token": place[token_id].decoded_token,
             }
-            for token_id, entry in place.items()
+            for token_id in dict.fromkeys([next(iter(place)), *_likeliest(place, top)])
         }
         for place in places
     ]

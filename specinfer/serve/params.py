@@ -48,7 +48,7 @@ def completion_params(llm: LLM, body: CompletionRequest, **more: Any) -> Samplin
     if body.logprobs is not None:
         fields["logprobs"] = body.logprobs
         if body.echo:
-            fields.setdefault("prompt_logprobs", body.logprobs)
+            fields["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     return llm.default_sampling_params(**fields)
 
 

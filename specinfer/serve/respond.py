@@ -86,9 +86,10 @@ async def _stream(
             yield event(head | {"choices": [choice]})
         async for update in run:
             outputs[update.index] = update.output
+            chunks = _chunks(service, shape, update)  # first: it leaves out what is nobody's
             if options.continuous_usage_stats:
                 head["usage"] = usage_of(outputs.values())
-            for chunk in _chunks(service, shape, update):
+            for chunk in chunks:
                 yield event(head | chunk)
         last: Json = {"usage": usage_of(outputs.values())} if options.include_usage else {}
         if body.include_metrics:

@@ -17,7 +17,7 @@ def usage_of(outputs: Iterable[RequestOutput]) -> dict[str, Any]:
     stats = _sum(outputs)
     num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
     num_completion = sum(len(each.token_ids) for output in outputs for each in output.outputs)
-    accepted = min(stats.num_predicted_accepted, stats.num_predicted)
+    accepted = stats.num_predicted_accepted
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
