@@ -386,6 +386,7 @@ def test_a_waiting_request_survives_a_failed_step(
         ({"tool_call_parser": "mine"}, "hermes"),
         ({"log_format": "xml"}, "logfmt"),
         ({"api_key": ("",)}, "api_key"),
+        ({"api_key": (" b",)}, "api_key"),
         ({"metrics_prefix": "a-b"}, "metrics_prefix"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specinfer.cli.options import Asked
-from specinfer.errors import DependencyError
+from specinfer.errors import ConfigError, DependencyError
 from specinfer.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -36,8 +36,12 @@ def serve(
         raise DependencyError(
             f"serving needs {error.name}: pip install 'specinfer[serve]'"
         ) from None
-    if not settings.api_key and os.environ.get(KEY_VARIABLE):
-        settings = replace(settings, api_key=os.environ[KEY_VARIABLE].split(","))
+    given = os.environ.get(KEY_VARIABLE)
+    if not settings.api_key and given is not None:
+        keys = [key.strip() for key in given.split(",")]
+        if not all(keys):
+            raise ConfigError(f"{KEY_VARIABLE}={given!r} has an empty key: unset it, or give keys")
+        settings = replace(settings, api_key=keys)
     configure_logs(settings.log_format)
     with bind(settings) as taken:  # before weights are read: a port in use is told at once
         service = _load(asked, settings)

@@ -70,8 +70,8 @@ class ServerSettings:
             value = getattr(self, name)
             if value is not None and value not in get_args(choices):
                 raise ConfigError(f"{name}={value!r}: use one of {', '.join(get_args(choices))}")
-        if any(not key.strip() or not key.isascii() for key in self.api_key):
-            raise ConfigError("api_key must be ASCII and not empty")
+        if any(not key or key != key.strip() or not key.isascii() for key in self.api_key):
+            raise ConfigError("api_key must be ASCII, not empty, and without spaces around it")
         if not self.metrics_prefix.replace(":", "_").replace("_", "a").isalnum():
             raise ConfigError(
                 f"metrics_prefix={self.metrics_prefix!r} must be letters, digits, ':' and '_'"
