@@ -253,12 +253,22 @@ class AsyncLLM:
             while self._take_commands():
                 if self.llm.engine.has_work:
                     self._step()
-        finally:
+        except BaseException:
+            _log.critical("the engine's thread has ended", exc_info=True)
+            self._end(SpecInferError("the engine has ended by a failure: make a new AsyncLLM"))
+        else:
             for stream, index in list(self._streams.values()):
                 if stream._requests:
                     self._abort(stream, index)
-                else:
-                    _tell(stream._loop, stream._fail, SpecInferError("this AsyncLLM was closed"))
+            self._end(SpecInferError("this AsyncLLM was closed"))
+
+    def _end(self, error: SpecInferError) -> None:
+        """Nobody steps any more: those who wait are told, and nobody else may join them."""
+        with self._closing:
+            self._closed = True
+        for stream, _ in list(self._streams.values()):
+            if not stream._requests or any(not each.is_finished for each in stream._requests):
+                _tell(stream._loop, stream._fail, error)
 
     def _take_commands(self) -> bool:
         """Run what was asked for; wait for it where there is nothing else to do."""
@@ -293,21 +303,16 @@ class AsyncLLM:
 
     def _broken_streams(self) -> list[OutputStream]:
         """Streams the failed step ended; all, where it ended none: they must not wait for ever."""
-        streams = self._all_streams()
-        ended = [
-            stream
-            for stream in streams
-            if any(
-                sequence.output.finish_reason == "abort"
-                for request in stream._requests
-                for sequence in request.sequences
-            )
-        ]
-        return ended or streams
+        broken = self.llm.engine.broken
+        if not broken:
+            return self._all_streams()
+        entries = [self._streams.get(sequence.request_id) for sequence in broken]
+        return list(dict.fromkeys(entry[0] for entry in entries if entry is not None))
 
     def _all_streams(self) -> list[OutputStream]:
-        found = {id(stream): stream for stream, _ in list(self._streams.values())}
-        return [stream for stream in found.values() if stream._requests]
+        """Those that have begun and not ended."""
+        streams = dict.fromkeys(stream for stream, _ in list(self._streams.values()))
+        return [s for s in streams if any(not request.is_finished for request in s._requests)]
 
     def _fail(self, streams: Sequence[OutputStream], error: BaseException) -> None:
         for stream in streams:

@@ -94,6 +94,51 @@ def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(
     assert asyncio.run(last(engine, "Hello", GREEDY)).finished
 
 
+def test_only_what_the_step_ended_is_failed(
+    engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One was aborted before, and its stream is still open: that is nobody's failure."""
+    steps = engine.llm.engine._step
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+
+    async def run() -> list[str | None]:
+        old = engine.submit([("Hello", params)], "old")
+        await old.accepted()
+        await engine.abort("old")
+        with monkeypatch.context() as patch:
+            failing = iter([False, True])
+            patch.setattr(
+                engine.llm.engine, "_step", lambda: 1 / 0 if next(failing, False) else steps()
+            )
+            with pytest.raises(ZeroDivisionError):
+                await asyncio.wait_for(last(engine, "Hello", params), 60)
+        reasons = [update.output.outputs[0].finish_reason async for update in old]
+        old.close()
+        return reasons
+
+    assert asyncio.run(run())[-1] == "abort"
+    assert not engine.llm.engine.has_work
+
+
+def test_where_the_thread_dies_all_are_told_and_nobody_may_join(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = AsyncLLM("zoo:parley-draft", max_model_len=64)
+
+    def die() -> None:
+        raise SystemExit
+
+    async def run() -> None:
+        monkeypatch.setattr(llm.llm.engine, "step", die)
+        for _ in range(2):  # one that ran, one that comes too late
+            with pytest.raises(SpecInferError, match=r"ended by a failure|closed"):
+                await asyncio.wait_for(last(llm, "Hello", GREEDY), 60)
+
+    asyncio.run(run())
+    assert not llm.is_alive
+    llm.close()
+
+
 def test_a_closed_engine_says_so() -> None:
     llm = AsyncLLM("zoo:parley-draft", max_model_len=64)
     llm.close()

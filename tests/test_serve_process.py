@@ -19,10 +19,11 @@ import httpx
 import pytest
 import uvicorn
 
-from specinfer.serve.launch import _Server, bind
+from specinfer.errors import SpecInferError
+from specinfer.serve.launch import _Server, bind, run_server
 from specinfer.serve.settings import ServerSettings
 from tests.command_line import refuses, run
-from tests.serving import CLIENT, post, until
+from tests.serving import CLIENT, post, service_of, until
 
 FLAGS = ("--drafter", "zoo:parley-draft", "--tree", "2,2,1", "--max-model-len", "256")
 LONG = {"prompt": "Once upon a time", "max_tokens": 240, "ignore_eos": True}
@@ -67,7 +68,7 @@ def test_killed_and_back_while_a_client_retries_then_drained(tmp_path: Path) -> 
         process.wait()
     assert 'prompt="Once upon a time"' in logs[0].read_text()
     headers = {"authorization": "Bearer b", "x-request-id": "mine"}
-    with started(logs[1], port, ("--log-format", "json"), SPECINFER_API_KEY="a,b") as process:
+    with started(logs[1], port, ("--log-format", "json"), SPECINFER_API_KEY="a, b") as process:
         assert ask_until_answered(url, body, headers)["choices"] == before
         assert post(url, "/v1/completions", body).status_code == 401
         check_draining(url, port, process, headers)
@@ -117,7 +118,6 @@ def test_the_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None
         )
         with bind(ServerSettings(port=0)) as taken:
             server = _Server(uvicorn.Config("none"), service, taken)
-            server._loop = asyncio.get_running_loop()
             with server.capture_signals():
                 signal.raise_signal(signal.SIGTERM)
                 await asyncio.sleep(0)
@@ -129,6 +129,21 @@ def test_the_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None
 
     asyncio.run(run())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_server_ends_where_the_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an error, so that who supervises it starts it again."""
+    service = service_of(SimpleNamespace(llm=SimpleNamespace(engine=None), is_alive=False))
+    monkeypatch.setattr("specinfer.serve.launch.make_app", lambda service: None)
+    with bind(ServerSettings(port=0)) as taken, pytest.raises(SpecInferError, match="ended"):
+        run_server(service, taken)
+
+
+@pytest.mark.parametrize("keys", ["", " ", "a,,b", "a,"])
+def test_keys_that_are_none_are_refused(keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specinfer.cli.serve._load", None)
+    monkeypatch.setenv("SPECINFER_API_KEY", keys)
+    refuses(run("serve", "zoo:parley", "--port", "0"), ["SPECINFER_API_KEY", "empty key"])
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,8 @@ class Engine:
         self._seed = config.seed
         self.scheduler = Scheduler(allocator, config, self.stats)
         self._num_added = 0
+        self.broken: ListLike[Sequence] = ()
+        """What the last step ended because it failed; () where it did not."""
         self.set_speculation(speculation)
 
     def set_speculation(self, speculation: Speculation) -> None:
@@ -156,13 +158,15 @@ class Engine:
         """Advance every scheduled sequence; returns those that got tokens.
 
         An exception (a failing model, Ctrl-C) ends every running sequence with "abort" and frees
-        its pages; waiting ones stay.
+        its pages; waiting ones stay. They stand in `broken` then.
         """
+        self.broken = ()
         try:
             return self._step()
         except BaseException:
             # What was half-done cannot be told any more: what ran ends here, what waits goes on.
-            for sequence in self.scheduler.clear():
+            self.broken = self.scheduler.clear()
+            for sequence in self.broken:
                 sequence.abort()
                 self._forget(sequence)
             raise

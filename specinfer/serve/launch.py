@@ -12,7 +12,7 @@ from types import FrameType
 
 import uvicorn
 
-from specinfer.errors import ConfigError
+from specinfer.errors import ConfigError, SpecInferError
 from specinfer.serve.app import make_app
 from specinfer.serve.errors import ApiError
 from specinfer.serve.settings import ServerSettings
@@ -47,7 +47,10 @@ def bind(settings: ServerSettings) -> socket.socket:
 
 
 def run_server(service: Service, taken: socket.socket) -> None:
-    """Serve until a signal; then let what runs finish, for drain_seconds."""
+    """Serve until a signal; then let what runs finish, for drain_seconds.
+
+    raises  SpecInferError where the engine's thread has ended by itself
+    """
     config = uvicorn.Config(
         make_app(service),
         log_config=None,
@@ -57,6 +60,8 @@ def run_server(service: Service, taken: socket.socket) -> None:
         timeout_graceful_shutdown=math.ceil(service.settings.drain_seconds) + _GRACE_S,
     )
     _Server(config, service, taken).run(sockets=[taken])
+    if not service.llm.is_alive:
+        raise SpecInferError("the engine ended by a failure, which is in the log: start it again")
 
 
 class _Server(uvicorn.Server):
@@ -69,7 +74,6 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
         """Listen, and say where."""
-        self._loop = asyncio.get_running_loop()
         await super().startup(list(sockets or ()))
         settings = self._service.settings
         names = ",".join(self._service.model_names)
@@ -77,9 +81,14 @@ class _Server(uvicorn.Server):
         if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
             _log.warning("whoever reaches %s may use it: set --api-key", self._url)
 
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: also where the engine has, for nothing can be served any more."""
+        return await super().on_tick(counter) or not self._service.llm.is_alive
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle signals here and leave them at that: the process ends by itself, with 0."""
+        self._loop = asyncio.get_running_loop()
         handled = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self.handle_exit) for number in handled}
         try:
