@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -298,6 +299,30 @@ def test_a_request_that_takes_too_long(llm: AsyncLLM, stream: bool) -> None:
     until(lambda: free_blocks(llm.llm.engine) == full)
 
 
+def test_reading_the_prompt_takes_of_the_time(
+    llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def encode(*args: Any, **options: Any) -> list[int]:
+        await asyncio.sleep(60)
+        return []
+
+    service = service_of(llm, request_timeout_s=0.05)
+    monkeypatch.setattr(service, "encode", encode)
+    with serving(service) as url:
+        assert refusal(post(url, CHAT, {"messages": HI}), 504)["code"] == "timeout"
+
+
+def test_a_body_that_does_not_arrive(llm: AsyncLLM) -> None:
+    with serving(service_of(llm, body_timeout_s=0.05)) as url:
+        host, _, port = url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), 60) as asking:
+            head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: {host}\r\ncontent-length: 99\r\n"
+            asking.sendall(f'{head}content-type: application/json\r\n\r\n{{"prompt"'.encode())
+            answer = b"".join(iter(lambda: asking.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"body_timeout_s" in answer
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_failed_step_is_a_500_and_the_next_request_is_served(
     llm: AsyncLLM, url: str, stream: bool, monkeypatch: pytest.MonkeyPatch
@@ -382,6 +407,8 @@ def test_a_waiting_request_survives_a_failed_step(
         ({"max_body_bytes": 0}, "max_body_bytes"),
         ({"drain_seconds": -1}, "drain_seconds"),
         ({"request_timeout_s": 0}, "request_timeout_s"),
+        ({"body_timeout_s": 0}, "body_timeout_s"),
+        ({"stall_timeout_s": 0}, "stall_timeout_s"),
         ({"grammar_timeout_s": 0}, "grammar_timeout_s"),
         ({"tool_call_parser": "mine"}, "hermes"),
         ({"log_format": "xml"}, "logfmt"),

@@ -91,6 +91,27 @@ def test_the_step_under_way_is_the_last(
     assert service.num_taken == 0
 
 
+@pytest.mark.parametrize("limit", ["stall_timeout_s", "request_timeout_s"])
+def test_a_client_that_reads_no_more_is_left(llm: AsyncLLM, limit: str) -> None:
+    service = service_of(llm, **{limit: 0.2})
+    full = free_blocks(llm.llm.engine)
+    client = Client("/v1/completions", LONG | {"prompt": "Once upon a time", "stream": True})
+
+    async def send(message: Any) -> None:
+        client.told.append(message["type"])
+        if len(client.told) > 2:
+            await asyncio.Event().wait()
+
+    async def run() -> None:
+        await asyncio.wait_for(make_app(service)(client.scope, client.receive, send), 60)
+
+    asyncio.run(run())
+    assert client.told == ["http.response.start", *["http.response.body"] * 2]
+    assert service.num_taken == 0
+    until(lambda: not llm.llm.engine.has_work)
+    assert free_blocks(llm.llm.engine) == full
+
+
 def has_left(step: set[str]) -> bool:
     """Whether a step computed the request whose client left."""
     return bool(step - {"stays"})

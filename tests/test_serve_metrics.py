@@ -1,7 +1,9 @@
 """Metrics: what they count, their names, and that the dashboard asks for nothing else."""
 
+import asyncio
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,11 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.datastructures import State
 
 from specinfer.async_llm import AsyncLLM
+from specinfer.errors import RequestError
+from specinfer.request import SamplingParams
 from specinfer.serve.state import Service
 from tests.serving import CLIENT, MODEL, pair, post, service_of, serving
 
@@ -92,6 +97,25 @@ def test_counts_are_those_of_the_requests(llm: AsyncLLM) -> None:
     )
     assert value("http_requests_total", path="/v1/completions", status="200") == 1
     assert value("http_requests_total", path="/v1/completions", status="400") == 1
+
+
+def test_continuations_that_are_left_are_counted_each(llm: AsyncLLM) -> None:
+    """Those of prompts that wait, too; and none of a request that is refused."""
+    service = service_of(llm)
+
+    async def leave() -> None:
+        state = State({"note": {}, "arrival_s": time.perf_counter()})
+        with pytest.raises(RequestError):
+            await service.start([[1], []], SamplingParams(n=3), "refused", state)
+        params = SamplingParams(n=3, max_tokens=200, ignore_eos=True)
+        run = await service.start([[1], [2]], params, "left", state)
+        await anext(run)
+        run.close()
+
+    asyncio.run(leave())
+    with serving(service) as url:
+        told = scrape(url)["specinfer:request_success_total"]
+    assert told == {(("finished_reason", "abort"),): 6}
 
 
 def test_gauges_while_it_runs(llm: AsyncLLM) -> None:

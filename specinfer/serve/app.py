@@ -1,5 +1,6 @@
 """The application: its routes, and its answers to what goes wrong."""
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -32,6 +33,7 @@ _ERRORS = {
         (400, "The request is not understood or cannot be served."),
         (401, "The API key is missing or wrong."),
         (404, "There is no such model."),
+        (408, "The body took too long to arrive."),
         (413, "The body is too large."),
         (500, "The engine failed."),
         (503, "Too many requests wait, or the server is going down."),
@@ -72,12 +74,14 @@ def _add_inference(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        return await create_chat_completion(service, body, request)
+        async with asyncio.timeout_at(service.deadline(request.state)):
+            return await create_chat_completion(service, body, request)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a prompt or several."""
-        return await create_completion(service, body, request)
+        async with asyncio.timeout_at(service.deadline(request.state)):
+            return await create_completion(service, body, request)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:

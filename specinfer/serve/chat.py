@@ -31,7 +31,7 @@ async def create_chat_completion(service: Service, body: ChatRequest, request: R
     text = await asyncio.to_thread(chat_prompt, tokenizer, body, tools.prompt_tools())
     prompt = await service.encode(text, add_special_tokens=body.add_special_tokens is True)
     answer_id = f"chatcmpl-{request.state.request_id}"
-    run = await service.start([prompt], params, answer_id, request.state.note, text)
+    run = await service.start([prompt], params, answer_id, request.state, text)
     shape = ChatShape(body, tools, service.token_names(as_ids=body.return_tokens_as_token_ids))
     return await respond(service, run, shape, body, request, {"id": answer_id, "model": model})
 

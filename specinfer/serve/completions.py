@@ -28,7 +28,7 @@ async def create_completion(
     # Off the event loop: a long prompt takes a while, and others' streams should not.
     prompts = await asyncio.to_thread(completion_prompts, tokenizer, body)
     answer_id = f"cmpl-{request.state.request_id}"
-    run = await service.start(prompts, params, answer_id, request.state.note, body.prompt)
+    run = await service.start(prompts, params, answer_id, request.state, body.prompt)
     names = service.token_names(as_ids=body.return_tokens_as_token_ids)
     shape = CompletionShape(body, prompts, names)
     return await respond(service, run, shape, body, request, {"id": answer_id, "model": model})

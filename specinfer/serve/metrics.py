@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from specinfer.async_llm import StepUpdate
 from specinfer.engine.engine import Engine
 from specinfer.engine.stats import PARTS
+from specinfer.request import RequestOutput
 
 _FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0),
@@ -104,16 +105,22 @@ class _Progress:
     first_s: float
     last_s: float
     num_tokens: int
-    num_samples: int
-    is_finished: bool = False
+    output: RequestOutput
 
 
 class Timeline:
-    """One request's times, told to the metrics as its updates come."""
+    """One request's times, told to the metrics as its updates come.
 
-    def __init__(self, metrics: Metrics, arrival_s: float) -> None:
+    num_prompts  of num_samples continuations each
+    """
+
+    def __init__(
+        self, metrics: Metrics, arrival_s: float, num_prompts: int, num_samples: int
+    ) -> None:
         self._metrics = metrics
         self._arrival_s = arrival_s
+        self._num_prompts = num_prompts
+        self._num_samples = num_samples
         self._prompts: dict[int, _Progress] = {}
 
     def observe(self, update: StepUpdate) -> None:
@@ -122,8 +129,7 @@ class Timeline:
         num_tokens = update.output.stats.num_output_tokens
         progress = self._prompts.get(update.index)
         if progress is None:
-            samples = len(update.output.outputs)
-            progress = _Progress(now, now, num_tokens, samples)
+            progress = _Progress(now, now, num_tokens, update.output)
             self._prompts[update.index] = progress
             metrics.first_token.observe(now - self._arrival_s)
             metrics.count_prompt(len(update.output.prompt_token_ids))
@@ -133,19 +139,22 @@ class Timeline:
             # Samples advance together: the gap is each one's, and what came after it shares it.
             num_new = num_tokens - progress.num_tokens
             if num_new:
-                gap = (now - progress.last_s) * progress.num_samples / num_new
+                gap = (now - progress.last_s) * self._num_samples / num_new
                 for _ in range(num_new):
                     metrics.between_tokens.observe(gap)
             progress.last_s, progress.num_tokens = now, num_tokens
-        if update.output.finished and not progress.is_finished:
-            progress.is_finished = True
+        progress.output = update.output
+        if update.output.finished:
             self._end(update, progress)
 
     def close(self) -> None:
         """Count what was left before its end."""
+        for _ in range((self._num_prompts - len(self._prompts)) * self._num_samples):
+            self._metrics.count_end("abort")
         for progress in self._prompts.values():
-            if not progress.is_finished:
-                self._metrics.count_end("abort")
+            if not progress.output.finished:
+                for each in progress.output.outputs:
+                    self._metrics.count_end(each.finish_reason or "abort")
 
     def _end(self, update: StepUpdate, progress: _Progress) -> None:
         metrics = self._metrics
@@ -153,7 +162,7 @@ class Timeline:
         for each in update.output.outputs:
             metrics.count_end(each.finish_reason or "abort")
             metrics.output_tokens.observe(len(each.token_ids))
-        per_sample = progress.num_tokens / progress.num_samples
+        per_sample = progress.num_tokens / self._num_samples
         if per_sample > 1:
             metrics.per_token.observe((progress.last_s - progress.first_s) / (per_sample - 1))
 

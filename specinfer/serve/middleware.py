@@ -3,6 +3,7 @@
 Plain ASGI, so that a stream passes through untouched.
 """
 
+import asyncio
 import hmac
 import logging
 import re
@@ -16,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specinfer.serve.errors import ApiError, as_api_error
+from specinfer.serve.settings import ServerSettings
 from specinfer.serve.sse import encode
 from specinfer.serve.state import Service
 
@@ -43,8 +45,9 @@ class Surroundings:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id = _request_id(Headers(scope=scope))
         state["note"] = note
-        start, status = time.perf_counter(), 0
-        body = _LimitedBody(receive, self._settings.max_body_bytes)
+        state["arrival_s"] = start = time.perf_counter()
+        status = 0
+        body = _LimitedBody(receive, self._settings)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -53,15 +56,15 @@ class Surroundings:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        async def send_unless_too_large(message: Message) -> None:
-            if not body.is_too_large:  # else: what was made of the part of it that was read
+        async def send_unless_refused(message: Message) -> None:
+            if body.refusal is None:  # else: what was made of the part of it that was read
                 await send_with_id(message)
 
         try:
             self._check(scope)
-            await self._app(scope, body.receive, send_unless_too_large)
-            if body.is_too_large and status == 0:
-                raise _too_large(body.limit)
+            await self._app(scope, body.receive, send_unless_refused)
+            if body.refusal is not None and status == 0:
+                raise body.refusal
         except ClientDisconnect:
             pass  # nobody is there to be told
         except Exception as error:
@@ -70,6 +73,8 @@ class Surroundings:
                 _log.exception("request failed", extra={"fields": {"request_id": request_id}})
             if status == 0:
                 await _send_error(refusal, send_with_id)
+            else:
+                note.setdefault("error", repr(error))
         finally:
             status = status or 499  # as nginx has it: the client left before an answer
             route = scope.get("route")
@@ -95,24 +100,35 @@ class Surroundings:
 
 
 class _LimitedBody:
-    """A body that may be sent without saying how long it is."""
+    """A body that may be sent without saying how long it is, and piece by piece.
 
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self.limit = limit
-        self.is_too_large = False
+    refusal  why no more of it is read; None: it is
+    """
+
+    def __init__(self, receive: Receive, settings: ServerSettings) -> None:
+        self.refusal: ApiError | None = None
         self._receive = receive
+        self._settings = settings
+        self._deadline: float | None = asyncio.get_running_loop().time() + settings.body_timeout_s
         self._num_bytes = 0
 
     async def receive(self) -> Message:
         """The next message.
 
-        raises  ApiError once it is too large
+        raises  ApiError once it is too large, or takes too long
         """
-        message = await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            self.refusal = _too_slow(self._settings.body_timeout_s)
+            raise self.refusal from None
+        if not message.get("more_body"):  # what comes behind it is that the client leaves
+            self._deadline = None
         self._num_bytes += len(message.get("body", b""))
-        if self._num_bytes > self.limit:
-            self.is_too_large = True
-            raise _too_large(self.limit)
+        if self._num_bytes > self._settings.max_body_bytes:
+            self.refusal = _too_large(self._settings.max_body_bytes)
+            raise self.refusal
         return message
 
 
@@ -121,6 +137,15 @@ def _too_large(limit: int) -> ApiError:
         413,
         f"the body is larger than {limit} bytes (max_body_bytes)",
         code="request_too_large",
+        headers={"Connection": "close"},
+    )
+
+
+def _too_slow(limit_s: float) -> ApiError:
+    return ApiError(
+        408,
+        f"the body took longer than {limit_s:g} s to arrive (body_timeout_s)",
+        code="timeout",
         headers={"Connection": "close"},
     )
 

@@ -55,7 +55,8 @@ async def respond(
     head = head | {"created": int(time.time()), "system_fingerprint": f"specinfer-{__version__}"}
     if body.stream:
         events = _stream(service, run, shape, body, head)
-        return EventStream(events, run.close)
+        stall_s = service.settings.stall_timeout_s
+        return EventStream(events, run.close, stall_s=stall_s, deadline=run.deadline)
     try:
         outputs = await until_disconnect(request.receive, _collect(run))
     finally:

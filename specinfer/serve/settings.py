@@ -27,7 +27,10 @@ class ServerSettings:
     max_prompt_tokens  a longer prompt is refused; None: what the context holds
     max_waiting        continuations that may wait because max_num_seqs run, or as many as memory
                        holds; a request with which more would wait gets 503 with Retry-After
-    request_timeout_s  seconds until an unfinished request is ended with 504; None: never
+    request_timeout_s  seconds from its arrival until an unfinished request is ended with 504;
+                       None: never
+    body_timeout_s     seconds that a request's body may take to arrive; then 408
+    stall_timeout_s    seconds that the reader of a stream may leave it unread; then it is ended
     grammar_timeout_s  seconds that compiling one schema, expression or grammar may take; then 400
     drain_seconds      how long SIGTERM lets running requests finish
     tool_call_parser   how the model writes tool calls: hermes, llama3_json or mistral; None: as its
@@ -46,6 +49,8 @@ class ServerSettings:
     max_prompt_tokens: int | None = None
     max_waiting: int = 1024
     request_timeout_s: float | None = None
+    body_timeout_s: float = 60.0
+    stall_timeout_s: float = 60.0
     grammar_timeout_s: float = 10.0
     drain_seconds: float = 30.0
     tool_call_parser: ToolFormat | None = None
@@ -61,8 +66,8 @@ class ServerSettings:
         check_integer("max_waiting", self.max_waiting, least=0)
         if self.max_prompt_tokens is not None:
             check_integer("max_prompt_tokens", self.max_prompt_tokens, least=1)
-        least_s = {"drain_seconds": 0, "request_timeout_s": 1e-3, "grammar_timeout_s": 1e-3}
-        for name, least in least_s.items():
+        names = ("request_timeout_s", "body_timeout_s", "stall_timeout_s", "grammar_timeout_s")
+        for name, least in (("drain_seconds", 0), *((name, 1e-3) for name in names)):
             value = getattr(self, name)
             if value is not None and not (is_number(value) and value >= least):
                 raise ConfigError(f"{name}={value!r} must be a number of at least {least}")

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 DONE = b"data: [DONE]\n\n"
+
+_LAST_WORDS_S = 1.0
 
 T = TypeVar("T")
 
@@ -52,19 +54,33 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 class EventStream(Response):
     """Events as they come. When the client leaves, so does the work behind them.
 
-    close  called when it is over, however it ends
+    close     called when it is over, however it ends
+    stall_s   seconds that a client may leave an event unread
+    deadline  when it may leave none unread, by the event loop's clock; None: never
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        close: Callable[[], None],
+        *,
+        stall_s: float,
+        deadline: float | None,
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._close = close
+        self._stall_s = stall_s
+        self._deadline = deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send; ends quietly where the client does."""
+        """Send; ends quietly where the client does.
+
+        raises  TimeoutError where it is there and reads no more
+        """
         try:
             with suppress(ClientDisconnect):
                 await until_disconnect(receive, self._send(send))
@@ -73,7 +89,21 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
+        await self._send_in_time(send, start)
         async for body in self._events:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            event = {"type": "http.response.body", "body": body, "more_body": True}
+            await self._send_in_time(send, event)
+        end = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send_in_time(send, end)
+
+    async def _send_in_time(self, send: Send, message: Message) -> None:
+        """Send, while a client that does not read holds up the rest.
+
+        That the time is over is itself an event, and has a moment to be sent.
+        """
+        limit_s = self._stall_s
+        if self._deadline is not None:
+            left_s = self._deadline - asyncio.get_running_loop().time()
+            limit_s = min(limit_s, max(_LAST_WORDS_S, left_s))
+        async with asyncio.timeout(limit_s):
+            await send(message)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from starlette.datastructures import State
+
 from specinfer.async_llm import AsyncLLM, OutputStream, StepUpdate
 from specinfer.request import RequestOutput, SamplingParams
 from specinfer.serve.errors import ApiError
@@ -85,18 +87,18 @@ class Service:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         answer_id: str,
-        note: dict[str, Any],
+        state: State,
         text: Any = None,
     ) -> "Run":
         """Have the engine take prompts.
 
-        note    what the log will say of the request
+        state   the request's: when it arrived, and what the log will say of it
         text    the prompts as they were given, for the log where it may have them
         raises  what refuses them: RequestError, CapacityError, or ApiError 503 where too many wait
         """
-        note |= {"id": answer_id, "prompt_tokens": sum(map(len, prompts))}
+        state.note |= {"id": answer_id, "prompt_tokens": sum(map(len, prompts))}
         if self.settings.log_prompts:
-            note["prompt"] = text
+            state.note["prompt"] = text
         for prompt in prompts:
             check_room(self.llm.llm, len(prompt), params, self.settings.max_prompt_tokens)
         num = len(prompts) * params.n
@@ -105,14 +107,23 @@ class Service:
         name = f"{answer_id}/{next(self._numbers)}"  # clients may send one id twice
         stream = self.llm.submit([(prompt, params) for prompt in prompts], name)
         self.num_taken += num
-        run = Run(self, stream, num, note)
+        timeline = Timeline(self.metrics, state.arrival_s, len(prompts), params.n)
+        run = Run(self, stream, num, timeline, state)
         try:
-            async with asyncio.timeout_at(run.deadline):
-                await stream.accepted()
+            await stream.accepted()
         except BaseException:
             run.close()
             raise
+        run.is_accepted = True
         return run
+
+    def deadline(self, state: State) -> float | None:
+        """When a request's time is over, by the event loop's clock; None: never."""
+        timeout_s = self.settings.request_timeout_s
+        if timeout_s is None:
+            return None
+        spent_s = time.perf_counter() - state.arrival_s
+        return asyncio.get_running_loop().time() + timeout_s - spent_s
 
     async def _prepare(self, params: SamplingParams) -> None:
         """Compile what a request's output must be, within a time, and not too many at once.
@@ -168,20 +179,28 @@ def _overloaded(message: str) -> ApiError:
 
 
 class Run:
-    """A request in the engine: iterate over its updates, and close it."""
+    """A request in the engine: iterate over its updates, and close it.
+
+    is_accepted  whether the engine took it; one that it refused never ran
+    deadline     when its time is over, by the event loop's clock
+    """
 
     def __init__(
-        self, service: Service, stream: OutputStream, num: int, note: dict[str, Any]
+        self,
+        service: Service,
+        stream: OutputStream,
+        num: int,
+        timeline: Timeline,
+        state: State,
     ) -> None:
         self._service = service
         self._stream = stream
         self._num = num
-        self._note = note
+        self._note = state.note
         self._outputs: dict[int, RequestOutput] = {}
-        self._timeline = Timeline(service.metrics, time.perf_counter())
-        timeout_s = service.settings.request_timeout_s
-        now = asyncio.get_running_loop().time()
-        self.deadline = None if timeout_s is None else now + timeout_s
+        self._timeline = timeline
+        self.is_accepted = False
+        self.deadline = service.deadline(state)
 
     def __aiter__(self) -> "Run":
         return self
@@ -208,6 +227,8 @@ class Run:
         self._stream.close()
         self._service._leave(self._num)
         self._num = 0
+        if self.is_accepted:
+            self._timeline.close()
         if self._outputs:
             self._note_outcome()
 
@@ -221,4 +242,3 @@ class Run:
             "tokens_per_step": round(num_tokens / num_steps, 2) if num_steps else 0,
             "finish_reason": ",".join(sorted(reasons)),
         }
-        self._timeline.close()
