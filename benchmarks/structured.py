@@ -9,6 +9,7 @@ request has its own. Greedy, one request at a time when timed; ratios are median
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -151,8 +152,8 @@ def time_trees(
     }
 
 
-def main() -> None:
-    """Measure, print, and write JSON."""
+def main() -> int:
+    """Measure, print, and write JSON; 1 where something checked was not as it should be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--check", type=int, default=0, metavar="REQUESTS")
     parser.add_argument("--model", choices=MODELS, default="1b")
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    console, rows = Console(width=120), {}
+    console, rows, is_good = Console(width=120), {}, True
     model, dtype = ("pair", "float32") if args.check else (args.model, args.dtype)
     target, drafter, note = resolve(model, args.drafter)
     llm = LLM(
@@ -178,6 +179,7 @@ def main() -> None:
     for name, compact in (("any whitespace", False), ("one line", True)):
         if args.check:
             checked = check(llm, prompts, compact=compact)
+            is_good = is_good and checked.is_good
             rows[name] = asdict(checked) | {"tokens_per_step": checked.tokens / checked.steps}
             console.print(f"  {name:16} {rows[name]}")
             continue
@@ -192,7 +194,8 @@ def main() -> None:
             console.print(f"  {name:16} {system:6} {shown}")
     if args.json:
         write_result(args.json, what, rows=rows)
+    return 0 if is_good else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

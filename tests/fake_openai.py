@@ -23,7 +23,7 @@ class FakeServer:
 
     chunks      pieces of text of each answer; tokens_per_chunk of tokens each
     first_s     before the first, gap_s between two
-    fails       by the number of the request, from 0: "503", "broken" or "error"
+    fails       by the number of the request, from 0: "503", "broken", "error" or "nothing"
     has_usage   whether it counts tokens
     most        requests at a time, the most there were
     """
@@ -57,6 +57,10 @@ class FakeServer:
     async def _events(self, is_chat: bool, failure: str | None) -> AsyncIterator[str]:
         self._running += 1
         self.most = max(self.most, self._running)
+        if failure == "nothing":
+            self._running -= 1
+            yield "data: [DONE]\n\n"
+            return
         if is_chat:  # at once: the role is not a token
             yield _event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
         await asyncio.sleep(self.first_s)

@@ -54,16 +54,16 @@ def test_known_delays_are_found(endpoint: str) -> None:
 
 
 def test_what_fails_is_counted_and_not_timed() -> None:
-    fails = {1: "503", 3: "broken", 4: "error"}
+    fails = {1: "503", 3: "broken", 4: "error", 6: "nothing"}
     with fake_server(fails=fails) as (url, _):
-        found = bench(url, "--num-prompts", "6", "--max-concurrency", "1")
-    assert (found["completed"], found["failed"]) == (3, 3)
-    assert sorted(found["errors"].values()) == [1, 1, 1]
+        found = bench(url, "--num-prompts", "7", "--max-concurrency", "1")
+    assert (found["completed"], found["failed"]) == (3, 4)
+    assert sorted(found["errors"].values()) == [1, 1, 1, 1]
     told = " ".join(found["errors"])
-    for words in ("HTTP 503", "too many requests", "broke off", "the engine failed"):
+    for words in ("HTTP 503", "too many requests", "broke off", "the engine failed", "no choices"):
         assert words in told
     assert found["total_output_tokens"] == 3 * 5
-    assert [error is None for error in found["request_errors"]] == [1, 0, 1, 0, 0, 1]
+    assert [error is None for error in found["request_errors"]] == [1, 0, 1, 0, 0, 1, 0]
 
 
 def test_all_failing_is_exit_code_1() -> None:

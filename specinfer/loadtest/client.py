@@ -154,6 +154,8 @@ async def _read(response: httpx.Response, record: Record) -> None:
         record.last_s = now_s
     if not has_ended:
         raise StreamError("the stream broke off")
+    if not record.last_s:
+        raise StreamError("the stream had no choices")
     if not record.has_usage:
         record.output_tokens = record.num_chunks
 
