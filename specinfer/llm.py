@@ -20,7 +20,7 @@ from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence as EngineSequence
 from specinfer.errors import ConfigError, RequestError
 from specinfer.progress import count_tokens, show_loading, show_measuring
-from specinfer.request import RequestOutput, RequestStats, SamplingParams
+from specinfer.request import Logprobs, RequestOutput, RequestStats, SamplingParams
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -72,9 +72,15 @@ class Pending:
             ],
             finished=self.is_finished,
             stats=stats,
-            prompt_logprobs=_copied(self.sequences[0].prompt_logprobs),
+            prompt_logprobs=self._prompt_logprobs(),
             trees=trees,
         )
+
+    def _prompt_logprobs(self) -> list[Logprobs | None] | None:
+        """Those of all the prompt are the same list for all outputs: no later step touches it."""
+        known = self.sequences[0].prompt_logprobs
+        is_whole = known is not None and len(known) == len(self.prompt_token_ids)
+        return known if is_whole else _copied(known)
 
 
 class LLM:

@@ -135,6 +135,11 @@ class TokenTree:
             node = self.parents[node]
         return path[::-1]
 
+    def sources_of(self, node: int) -> list[int]:
+        """Who proposed a drafted node, in the order the verifier examines them."""
+        siblings = self.slots_of[self.parents[node]]
+        return [self.slots[slot].source for slot in siblings if self.slots[slot].node == node]
+
     def ancestor_mask(self) -> Bools:
         """[nodes, nodes]: entry (i, j) is True where j is i or an ancestor of i."""
         mask = np.zeros((len(self), len(self)), np.bool_)

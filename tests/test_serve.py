@@ -424,9 +424,7 @@ def test_a_client_that_leaves_frees_its_pages(url: str, llm: AsyncLLM, stream: b
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(f"{url}/v1/completions", json=body, timeout=0.05)
-    before = engine.stats.num_output_tokens
     until(lambda: not engine.has_work)
-    assert engine.stats.num_output_tokens - before < 4 * 120
     assert free_blocks(engine) == full
 
 

@@ -18,7 +18,7 @@ from specinfer.engine.scheduler import Job, Scheduler
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.speculator import Speculator
 from specinfer.engine.stats import EngineStats
-from specinfer.engine.tracing import StepTime, chances_of, keep_trees, sources_of
+from specinfer.engine.tracing import StepTime, chances_of, keep_trees
 from specinfer.engine.verification import verify_works
 from specinfer.engine.work import Work
 from specinfer.errors import RequestError
@@ -291,7 +291,7 @@ class Engine:
 
     def _count(self, work: Work, emitted_path: ListLike[int]) -> None:
         tree, drafters = work.tree, self.speculator.drafters
-        sources = [sources_of(tree, node) for node in range(1, len(tree))]
+        sources = [tree.sources_of(node) for node in range(1, len(tree))]
         names = [drafters[each[0]].name for each in sources]
         self.stats.count_tree(tree.depths[1:], names)
         prediction = self.speculator.prediction

@@ -12,7 +12,7 @@ from specinfer.draft.growth import Grown
 from specinfer.engine.verification import laws_of
 from specinfer.engine.work import Work
 from specinfer.request import StepTree, TreeNode, TreeSlot, TreeToken
-from specinfer.tree import Law, TokenTree
+from specinfer.tree import Law
 from specinfer.verify import Verdict
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _emitted(
     trace: "StepTrace", path: ListLike[int], p: ListLike[float], names: ListLike[str]
 ) -> tuple[TreeToken, ...]:
     sequence, tree, num_new = trace.sequence, trace.tree, trace.num_new
-    emitted = [(tree.tokens[node], names[sources_of(tree, node)[0]], p[node]) for node in path]
+    emitted = [(tree.tokens[node], names[tree.sources_of(node)[0]], p[node]) for node in path]
     if num_new > len(path):  # else the text ended on the path
         emitted.append((trace.verdict.next_token, "target", p[len(tree)]))
     ends = [0, *sequence.text_ends][-num_new - 1 :]
@@ -123,12 +123,6 @@ def _emitted(
         TreeToken(token, source, chance, text[start:stop])
         for (token, source, chance), start, stop in zip(emitted, ends[:-1], ends[1:], strict=True)
     )
-
-
-def sources_of(tree: TokenTree, node: int) -> list[int]:
-    """Who proposed a drafted node, in the order the verifier examines them."""
-    siblings = tree.slots_of[tree.parents[node]]
-    return [tree.slots[slot].source for slot in siblings if tree.slots[slot].node == node]
 
 
 def _q(law: Law | None, token: int) -> float | None:
