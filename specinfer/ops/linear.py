@@ -52,13 +52,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, fewest_rows: i
 
 
 def padded(rows: int, fewest_rows: int = 1) -> int:
-    """How many rows are multiplied where so many are asked for: at most 1/16 more above 64.
+    """How many rows are multiplied where so many are asked for: at most 1/16 more above 32.
 
     oneDNN makes a kernel for every number of rows and shape of weight: 0.5 ms at its first use,
     and 0.6 MiB for good (2.2 GiB for a layer's five shapes at 1 to 600 rows). So 2,048 numbers of
-    rows become 144.
+    rows become 128.
     """
-    if rows <= 64:
+    if rows <= 32:
         return max(rows, fewest_rows)
     unit = 1 << (rows - 1).bit_length() - 5
     return -(-rows // unit) * unit
