@@ -122,7 +122,7 @@ class Service:
         timeout_s = self.settings.request_timeout_s
         if timeout_s is None:
             return None
-        spent_s = time.perf_counter() - state.arrival_s
+        spent_s: float = time.perf_counter() - state.arrival_s
         return asyncio.get_running_loop().time() + timeout_s - spent_s
 
     async def _prepare(self, params: SamplingParams) -> None:
