@@ -7,7 +7,7 @@
     3 models       models: of the floors below, only the ground and ops
     2 mechanism    ops, cache, text, grammar: not each other, and no tree
     1 mathematics  structured < request < tree < history < sampling < verify < baselines
-    0 ground       errors < config < dist
+    0 ground       errors < paths < config < dist
 
 Imports inside functions and under TYPE_CHECKING count as well.
 """
@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "specinfer"
 
-GROUND = ("errors", "config", "dist")
+GROUND = ("errors", "paths", "config", "dist")
 MATHEMATICS = (*("structured", "request", "tree", "history", "sampling", "verify", "baselines"),)
 MECHANISM = ("ops", "cache", "text", "grammar")
 FACES = (

@@ -1,10 +1,11 @@
-"""Twin: blocked and plain products are one function, whatever the rows."""
+"""Twin: packed and plain products are one function, whatever the rows."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from specinfer.ops.linear import STREAMING_ROWS, can_pack, has_native, linear, pack, padded
+from specinfer.ops.linear import BlockedWeight, can_pack, has_native, pack, padded
+from specinfer.ops.native import NativeWeight, kernels
 
 CPU = torch.device("cpu")
 # The largest difference, in units of the row's sum of |x| |w|: the order of a float32 sum, and
@@ -12,24 +13,34 @@ CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
 
-def packable(dtype: torch.dtype) -> None:
+def streamed(weight: torch.Tensor) -> BlockedWeight:
+    return BlockedWeight(weight, streamed=True)
+
+
+def require(kind, dtype: torch.dtype) -> None:
+    ours = kernels()
+    if kind is NativeWeight.of_floats and not (ours and ours.multiplies(dtype)):
+        pytest.skip(f"no kernel of ours for {dtype} here")
     if not can_pack(dtype, CPU):
-        pytest.skip(f"no blocked {dtype} here")
+        pytest.skip(f"no packed {dtype} here")
+
+
+KINDS = [BlockedWeight, streamed, NativeWeight.of_floats]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 2, 7, 17, 64, 129])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 12, 17, 64, 129])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 5), (33, 17), (96, 64)])
-@pytest.mark.parametrize("fewest_rows", [1, STREAMING_ROWS])
-def test_blocked_equals_plain(fewest_rows, outputs, inputs, rows, bias, dtype):
-    packable(dtype)
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_equals_plain(kind, outputs, inputs, rows, bias, dtype):
+    require(kind, dtype)
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
     b = torch.randn(outputs, generator=generator).to(dtype) if bias else None
-    blocked = pack(weight)
+    packed = kind(weight)
     for x in strided_inputs(rows, inputs, dtype, generator):
-        y = linear(x, blocked, b, fewest_rows)
+        y = packed.multiply(x, b)
         exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
         size = F.linear(
             x.double().abs(), weight.double().abs(), None if b is None else b.double().abs()
@@ -37,6 +48,9 @@ def test_blocked_equals_plain(fewest_rows, outputs, inputs, rows, bias, dtype):
         assert y.shape == (rows, outputs)
         assert y.dtype == dtype
         assert not y.is_mkldnn
+        assert torch.all((y - exact).abs() <= TOLERANCE[dtype] * size)
+        y = packed.multiply(x, b, dtype=torch.float32)
+        assert y.dtype == torch.float32
         assert torch.all((y - exact).abs() <= TOLERANCE[dtype] * size)
 
 
@@ -56,25 +70,23 @@ def test_few_numbers_of_rows_are_multiplied() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_plain_weights_go_to_pytorch(dtype):
-    x, weight = torch.randn(3, 8).to(dtype), torch.randn(5, 8).to(dtype)
-    assert torch.equal(linear(x, weight), F.linear(x, weight))
-
-
-def test_plain_weights_are_trained():
-    weight = torch.randn(5, 8, requires_grad=True)
-    linear(torch.randn(3, 8), weight).sum().backward()
-    assert weight.grad is not None
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_independent(kind, dtype):
+    """A row's result does not depend on its neighbours' values: text must not depend on them."""
+    require(kind, dtype)
+    x, packed = torch.randn(9, 64).to(dtype), kind(torch.randn(96, 64).to(dtype))
+    other = x.clone()
+    other[1:] *= 100
+    assert torch.equal(packed.multiply(x)[0], packed.multiply(other)[0])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_rows_are_independent(dtype):
-    """A row's result does not depend on its neighbours' values: text must not depend on them."""
-    packable(dtype)
-    x, blocked = torch.randn(9, 64).to(dtype), pack(torch.randn(96, 64).to(dtype))
-    other = x.clone()
-    other[1:] *= 100
-    assert torch.equal(linear(x, blocked)[0], linear(other, blocked)[0])
+def test_our_rows_are_the_same_in_any_company(dtype):
+    require(NativeWeight.of_floats, dtype)
+    x, packed = torch.randn(70, 200).to(dtype), pack(torch.randn(70, 200).to(dtype))
+    together = packed.multiply(x)
+    for rows in (slice(0, 1), slice(3, 6), slice(10, 22), slice(20, 70)):
+        assert torch.equal(packed.multiply(x[rows]), together[rows])
 
 
 def test_only_measured_types_are_blocked():

@@ -15,13 +15,13 @@ from specinfer.engine import measure
 from specinfer.engine.measure import (
     SHAPES,
     Shape,
-    cache_folder,
     measure_models,
     measure_runner,
     measure_step,
     model_identity,
 )
 from specinfer.engine.times import StepTimes
+from specinfer.paths import cache_folder
 from specinfer.progress import show_measuring
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
@@ -206,7 +206,7 @@ def get(folder: Path, runner: Runner, max_tokens: int = 8) -> StepTimes:
 
 
 def kept() -> list[Path]:
-    return sorted(cache_folder().iterdir())
+    return sorted((cache_folder() / "times").iterdir())
 
 
 def test_a_model_is_measured_once(folder: Path, measured: list[Runner]) -> None:
@@ -292,20 +292,9 @@ def test_times_of_a_busy_machine_are_used_and_not_kept(
     monkeypatch.setattr(measure, "_TRUSTED_SPREAD", -1.0)
     runner = Runner(toy_decoder(), 100)
     assert get(folder, runner).seconds(1) > 0
-    assert not cache_folder().exists()
+    assert not (cache_folder() / "times").exists()
     get(folder, runner)
     assert len(measured) == 2
-
-
-def test_where_times_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
-    monkeypatch.delenv("SPECINFER_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder() == Path("/home/someone/.cache/specinfer/times")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert cache_folder() == Path("/cache/specinfer/times")
-    monkeypatch.setenv("SPECINFER_CACHE", "/ours")
-    assert cache_folder() == Path("/ours/times")
 
 
 def test_models_are_measured_in_order_and_told_by_name(

@@ -1,13 +1,16 @@
 """Twin: the kernels are the formulas of `ops/quantized.py`, a row the same in every batch."""
 
+from itertools import product
+
 import pytest
 import torch
 
-from specinfer.ops.linear import STREAMING_ROWS
 from specinfer.ops.quantized import (
     Int4Weight,
     Int8Weight,
     dequantize,
+    pack_int4,
+    pack_int8,
     quantize_int4,
     quantize_int8,
     quantize_tokens,
@@ -26,7 +29,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 5), (61, 33), (96, 64), (32, 400)])
 def test_int8_is_its_formula_to_the_bit(outputs, inputs, bias, dtype):
     values, scales = quantize_int8(random(outputs, inputs))
-    fast, plain = Int8Weight(values, scales), Int8Weight(values, scales, fast=False)
+    weights = [Int8Weight(values, scales, fast=fast) for fast in (True, False)]
+    weights += [Int8Weight(values, scales, streamed=True), pack_int8(values, scales)]
     b = random(outputs).to(dtype) if bias else None
     for rows in ROWS:
         x = random(rows, 2 * inputs, seed=rows)[:, :inputs].to(dtype)
@@ -34,16 +38,15 @@ def test_int8_is_its_formula_to_the_bit(outputs, inputs, bias, dtype):
         sums = a.double() @ values.double().T
         exact = sums.float() * scales.flatten() * token_scales
         expected = (exact if b is None else exact + b).to(dtype)
-        for weight in (fast, plain):
+        for weight in weights:
             assert torch.equal(weight.multiply(x, b), expected)
-        assert torch.equal(fast.multiply(x, b, fewest_rows=STREAMING_ROWS), expected)
 
 
 def test_int8_sums_beyond_16_bits_are_exact():
     """Without VNNI, pairs of products saturate: what has_vnni() must have found out."""
     values = torch.full((16, 256), 127, dtype=torch.int8)
-    weight = Int8Weight(values, torch.ones(16, 1))
-    for sign in (1, -1):
+    for make, sign in product((Int8Weight, pack_int8), (1, -1)):
+        weight = make(values, torch.ones(16, 1))
         assert (weight.multiply(torch.full((3, 256), sign * 127.0)) == sign * 256 * 127**2).all()
 
 
@@ -55,8 +58,8 @@ def test_int4_is_its_formula(group_size, outputs, dtype):
     meant = dequantize(values, scales).double()
     b = random(outputs).to(dtype)
     tolerance = 1e-6 if dtype == torch.float32 else 2**-7
-    for fast in (True, False):
-        weight = Int4Weight(values, scales, dtype=dtype, fast=fast)
+    weights = [Int4Weight(values, scales, dtype=dtype, fast=fast) for fast in (True, False)]
+    for weight in (*weights, pack_int4(values, scales, dtype=dtype)):
         for rows in ROWS:
             x = random(rows, 256, seed=rows).to(dtype)
             y = weight.multiply(x, b)

@@ -7,11 +7,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def existing_files() -> set[str]:
-    """Every Python file that holds something, every script, and every file of the page."""
+    """Every Python and C++ file that holds something, every script, every file of the page."""
     python = [
         path for folder in ("specinfer", "benchmarks") for path in (ROOT / folder).rglob("*.py")
     ]
     files = [path for path in python if path.stat().st_size > 0]
+    files += (ROOT / "specinfer").rglob("*.cpp")
+    files += (ROOT / "specinfer").rglob("*.h")
     for folder in ("scripts", "specinfer/serve/page"):  # what others wrote has a folder of its own
         files += [path for path in (ROOT / folder).iterdir() if path.is_file()]
     return {path.relative_to(ROOT).as_posix() for path in files}

@@ -22,6 +22,7 @@ class KVPool:
         device: torch.device,
     ) -> None:
         # Not zeros: memory is touched as requests touch it, and no one reads what no one wrote.
+        self.num_slots = num_slots
         shape = (num_layers, 2, kv_heads, num_slots, head_dim)
         self._pages = torch.empty(shape, dtype=dtype, device=device)
         self._layers = [(layer[0], layer[1]) for layer in self._pages]

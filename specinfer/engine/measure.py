@@ -20,6 +20,7 @@ import torch
 
 from specinfer.cache.blocks import Pages
 from specinfer.engine.times import StepTimes
+from specinfer.paths import cache_folder
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
 
@@ -281,18 +282,6 @@ def model_identity(folder: Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def cache_folder() -> Path:
-    """Where measured times are kept.
-
-    raises  RuntimeError where nothing says where a user's files are
-    """
-    if asked := os.environ.get("SPECINFER_CACHE"):
-        return Path(asked).expanduser() / "times"
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "specinfer" / "times"
-    return Path.home() / ".cache" / "specinfer" / "times"
-
-
 def _named(name: str, progress: Report | None) -> Callable[[int, int], None] | None:
     return None if progress is None else lambda done, total: progress(name, done, total)
 
@@ -306,7 +295,7 @@ def _key(folder: Path, runner: Runner, max_tokens: int) -> list[str]:
         f"device {_device_name(runner.device)}",
         f"dtype {runner.decoder.dtype} quantization {runner.decoder.quantization}",
         f"threads {torch.get_num_threads()}",
-        f"torch {torch.__version__}",
+        f"torch {torch.__version__} native kernels {runner.is_native}",
         f"shapes {' '.join(f'{n}/{spans}' for n, spans in shapes)}",
     ]
 
@@ -329,7 +318,7 @@ def _cpu_models() -> Iterator[str]:
 
 def _file(key: Sequence[str]) -> Path:
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
-    return cache_folder() / f"{digest[:32]}.json"
+    return cache_folder() / "times" / f"{digest[:32]}.json"
 
 
 def _load(key: list[str]) -> StepTimes | None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from specinfer.models.architecture import Architecture
 from specinfer.models.layers import ACTIVATIONS, Linear, RMSNorm, Rotary, rotate
-from specinfer.ops.linear import linear, pack
-from specinfer.ops.quantized import QuantizedWeight
+from specinfer.ops.packed import PackedWeight
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q, k, v) -> [n, heads, head_dim]
@@ -83,7 +82,7 @@ class Decoder(nn.Module):
         self.architecture = architecture
         self.quantization: str | None = None
         """How the linears are rounded, by its name in `models.quantization`."""
-        self._rotary = Rotary(architecture.rope, architecture.head_dim)
+        self.rotary = Rotary(architecture.rope, architecture.head_dim)
         with torch.device("meta"):
             # Its constructor would fill it at random, and for that import torch's compiler: 1.5 s.
             rows = torch.empty(architecture.vocab_size, architecture.hidden_size)
@@ -98,8 +97,8 @@ class Decoder(nn.Module):
                 else Linear(architecture.hidden_size, (architecture.vocab_size,), bias=False)
             )
         self.to(dtype)
-        self._packed_head: Tensor | None = None
-        self._quantized_head: QuantizedWeight | None = None
+        self.tied_head: PackedWeight | None = None
+        """A packed copy of the tied embedding for `logits`; look-ups stay as they are."""
         if torch.device(device).type != "meta":
             self.to_empty(device=device)
             self._fill(seed)
@@ -111,28 +110,18 @@ class Decoder(nn.Module):
         returns            [n, hidden], after the final norm
         """
         hidden = F.embedding(tokens, self.embedding.weight)
-        cos, sin = self._rotary(positions, hidden.dtype)
+        cos, sin = self.rotary(positions, hidden.dtype)
         for layer, module in enumerate(self.layers):
             hidden = module.forward(layer, hidden, cos, sin, attend)
         return self.norm(hidden)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score the next token: hidden [m, hidden] -> [m, vocab] float32."""
-        rounded = self._quantized_head if self.lm_head is None else self.lm_head.quantized
-        if rounded is not None:
-            return rounded.multiply(hidden, dtype=torch.float32)
         if self.lm_head is not None:
-            return self.lm_head(hidden).float()  # type: ignore[no-any-return]
-        weight = self.embedding.weight if self._packed_head is None else self._packed_head
-        return linear(hidden, weight).float()
-
-    def pack_tied_head(self) -> None:
-        """Keep a second, blocked copy of the tied embedding for `logits`."""
-        self._packed_head = pack(self.embedding.weight)
-
-    def quantize_tied_head(self, weight: QuantizedWeight) -> None:
-        """Let `logits` use a rounded copy of the tied embedding; look-ups stay as they are."""
-        self._quantized_head = weight
+            return self.lm_head.forward(hidden, torch.float32)
+        if self.tied_head is not None:
+            return self.tied_head.multiply(hidden, dtype=torch.float32)
+        return F.linear(hidden, self.embedding.weight).float()
 
     @property
     def dtype(self) -> torch.dtype:

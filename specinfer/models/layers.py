@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specinfer.models.architecture import Rope
-from specinfer.ops.linear import linear, pack
-from specinfer.ops.quantized import QuantizedWeight
+from specinfer.ops.packed import PackedWeight
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -23,38 +22,28 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 class Linear(nn.Module):
     """Several products of one input as one: `widths` are the outputs fused, in order.
 
-    weight       [sum(widths), inputs]; bias [sum(widths)] or None
-    quantized    instead of the weight, where it is rounded
-    fewest_rows  as `ops.linear.linear` has it; the loader knows whether weights fit a cache
+    weight  [sum(widths), inputs]; bias [sum(widths)] or None
+    packed  instead of the weight, where it is re-ordered or rounded
     """
 
     def __init__(self, inputs: int, widths: tuple[int, ...], *, bias: bool) -> None:
         super().__init__()
         self.widths = widths
-        self.fewest_rows = 1
         self.weight: Tensor = nn.Parameter(torch.empty(sum(widths), inputs))
         self.bias: Tensor | None = nn.Parameter(torch.empty(sum(widths))) if bias else None
-        self.quantized: QuantizedWeight | None = None
+        self.packed: PackedWeight | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [n, inputs] to [n, sum(widths)]."""
-        if self.quantized is not None:
-            return self.quantized.multiply(x, self.bias, fewest_rows=self.fewest_rows)
-        return linear(x, self.weight, self.bias, self.fewest_rows)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Map x [n, inputs] to [n, sum(widths)], in x's type or `dtype`."""
+        if self.packed is not None:
+            return self.packed.multiply(x, self.bias, dtype=dtype)
+        out = F.linear(x, self.weight, self.bias)
+        return out if dtype is None else out.to(dtype)
 
-    def pack(self, weight: Tensor | None = None) -> None:
-        """Replace the weight by `weight` (its own if None) in the layout of `ops.linear.pack`.
-
-        A blocked tensor is opaque: it is no parameter any more and cannot be trained or saved.
-        """
-        packed = pack(self.weight if weight is None else weight)
+    def pack(self, weight: PackedWeight) -> None:
+        """Replace the weight by a packed one, which cannot be trained or saved from here."""
         del self.weight
-        self.weight = packed
-
-    def quantize(self, weight: QuantizedWeight) -> None:
-        """Replace the weight by a quantised one, which cannot be trained or saved from here."""
-        del self.weight
-        self.quantized = weight
+        self.packed = weight
 
 
 class RMSNorm(nn.Module):
@@ -92,6 +81,14 @@ class Rotary:
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Map positions [n] to cos, sin [n, 1, head_dim]; the first half of sin is negated."""
+        cos, sin = (part.to(dtype) for part in self._angles(positions))
+        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+
+    def table(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions 0 … length - 1: [length, head_dim / 2] float32 on the CPU."""
+        return self._angles(torch.arange(length))
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self._frequencies.device != positions.device:
             self._frequencies = self._frequencies.to(positions.device)
         frequencies = self._frequencies
@@ -101,9 +98,7 @@ class Rotary:
         cos, sin = angles.cos(), angles.sin()
         if self.rope.attention_factor != 1.0:
             cos, sin = cos * self.rope.attention_factor, sin * self.rope.attention_factor
-        cos = torch.cat((cos, cos), -1).to(dtype)
-        sin = torch.cat((-sin, sin), -1).to(dtype)
-        return cos[:, None], sin[:, None]
+        return cos, sin
 
     def _dynamic_frequencies(self, positions: Tensor) -> Tensor:
         """Map positions [n] to [n, head_dim / 2]: the base grows with a token's own position."""

@@ -34,8 +34,9 @@ from specinfer.models.quantization import (
     resolve_quantization,
     stored_shapes,
 )
-from specinfer.ops.linear import STREAMING_ROWS, can_pack, has_native
-from specinfer.ops.quantized import Int4Weight, Int8Weight, QuantizedWeight
+from specinfer.ops.linear import can_pack, has_native, pack
+from specinfer.ops.packed import PackedWeight
+from specinfer.ops.quantized import pack_int4, pack_int8
 
 Progress = Callable[[int, int], None]
 """progress(bytes read so far, bytes in all)"""
@@ -180,6 +181,7 @@ class _Loader:
         self.rounding = rounding
         self.progress = progress
         self.staging = torch.empty(0)
+        self.streamed = False
 
     def run(self) -> None:
         """Read everything, then see that nothing is missing or left over."""
@@ -193,24 +195,21 @@ class _Loader:
         self.decoder.quantization = None if asked is None else asked.name
         sizes = {name: self._num_bytes(name, parts) for name, parts in wanted.items()}
         total, done = sum(sizes.values()), 0
+        self.streamed = total > STREAMED_BYTES
         for name in sorted(wanted, key=lambda name: -sizes[name]):
             self._fill(name, wanted[name])
             done += sizes[name]
             if self.progress is not None:
                 self.progress(done, total)
-        if self.fast and total > STREAMED_BYTES:
-            for module in self.decoder.modules():
-                if isinstance(module, Linear):
-                    module.fewest_rows = STREAMING_ROWS
         if not self.decoder.architecture.tied_embeddings:
             return
         if self.rounding.asked is not None and self.rounding.asked.head:
             head = QUANTIZATIONS["int8"].quantize(self.decoder.embedding.weight.detach())
-            self.decoder.quantize_tied_head(Int8Weight(*head, fast=self.fast))
+            self.decoder.tied_head = pack_int8(*head, fast=self.fast, streamed=self.streamed)
         elif self.blocked:
             copy = sizes["embedding.weight"]
             if copy <= max(TIED_COPY_SHARE * total, TIED_COPY_BYTES):
-                self.decoder.pack_tied_head()
+                self.decoder.tied_head = pack(self.decoder.embedding.weight)
 
     def _parts(self, name: str) -> tuple[_Part, ...]:
         """The checkpoint's tensors that make up one of our parameters, in order."""
@@ -304,14 +303,14 @@ class _Loader:
         module = self.decoder.get_submodule(module_name)
         scheme = self._scheme(name, parts)
         if isinstance(module, Linear) and scheme is not None:
-            module.quantize(self._round(scheme, parts))
+            module.pack(self._round(scheme, parts))
         elif self.blocked and isinstance(module, Linear) and kind == "weight":
-            module.pack(self._stage(parts))
+            module.pack(pack(self._stage(parts), streamed=self.streamed))
         else:
             weight = torch.empty(_stacked(parts), dtype=self.dtype, device=self.device)
             setattr(module, kind, nn.Parameter(self._stack(parts, weight), requires_grad=False))
 
-    def _round(self, scheme: Quantization, parts: tuple[_Part, ...]) -> QuantizedWeight:
+    def _round(self, scheme: Quantization, parts: tuple[_Part, ...]) -> PackedWeight:
         """The parts as one quantised weight, decoded or rounded one at a time."""
         values = self._buffer(_stacked(parts), torch.int8)
         scales, start = [], 0
@@ -324,8 +323,8 @@ class _Loader:
                 values[rows], scale = scheme.quantize(self.checkpoint.read(part.name))
             scales.append(scale)
         if scheme.bits == 8:
-            return Int8Weight(values, torch.cat(scales), fast=self.fast)
-        return Int4Weight(values, torch.cat(scales), dtype=self.dtype, fast=self.fast)
+            return pack_int8(values, torch.cat(scales), fast=self.fast, streamed=self.streamed)
+        return pack_int4(values, torch.cat(scales), dtype=self.dtype, fast=self.fast)
 
     def _stage(self, parts: tuple[_Part, ...]) -> Tensor:
         """The parts as one weight that lives until the next call.

@@ -1,10 +1,7 @@
-"""Dense matrix products: one signature, a plain PyTorch reference and a fast path for processors.
+"""Dense matrix products with weights packed once at load, for processors.
 
-oneDNN multiplies from its own blocked layout faster than from rows. The weight itself carries the
-choice, made once at load: `pack` re-orders it (and replaces it) and `linear` sees which it got.
-
-Fused post-ops were tried and left out: adding the residual inside saves under 1 % of a step, and
-swish and mul inside cost a second product (60 against 48 us at one token, 384 -> 1024).
+Ours (`ops/native`) read them in the order in which they are needed: twice as fast as oneDNN at one
+row, level with it at many. oneDNN's serve where ours cannot be had.
 """
 
 import platform
@@ -14,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specinfer.ops.native import NativeWeight, kernels
+from specinfer.ops.packed import PackedWeight
+
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()
 # Resolved here because a look-up costs microseconds, and absent where torch is built without it.
 _reorder: Any = torch.ops.mkldnn._reorder_linear_weight.default if _HAS_ONEDNN else None
@@ -22,7 +22,7 @@ _NO_SCALARS: list[float] = []
 
 
 STREAMING_ROWS = 6
-"""What `fewest_rows` should be for weights that come from memory at each step, not from a cache.
+"""So many rows are multiplied at least by weights that come from memory at each step.
 
 oneDNN's kernels for one to three rows read blocked weights more slowly than the one for six: 19
 against 25 GB/s in bfloat16 where memory gave 30 (two Zen 4 cores, 1536 wide), 14 % of a step at the
@@ -30,25 +30,31 @@ against 25 GB/s in bfloat16 where memory gave 30 (two Zen 4 cores, 1536 wide), 1
 """
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, fewest_rows: int = 1) -> Tensor:
-    """Multiply rows by a weight: x @ weight.T + bias.
+class BlockedWeight(PackedWeight):
+    """A weight in oneDNN's blocked layout.
 
-    x            [n, inputs], any strides, n may be 0
-    weight       [outputs, inputs], plain or from `pack`
-    bias         [outputs] or None
-    fewest_rows  blocked weights multiply `padded` rows, zeros below x; see STREAMING_ROWS
-    returns      [n, outputs], x's dtype
-    error    both accumulate in float32; they differ by the order of the sum, so by some 1e-7 of
-             the row's sum of products in float32 and by one rounding in bfloat16
+    error  accumulates in float32; differs from a plain product by the order of the sum, so by some
+           1e-7 of the row's sum of products in float32 and by one rounding in bfloat16
     """
-    if weight.is_mkldnn:
+
+    def __init__(self, weight: Tensor, *, streamed: bool = False) -> None:
+        """Re-order a weight [outputs, inputs].
+
+        streamed  it comes from memory at each step, not from a cache
+        """
+        self._blocked: Tensor = _reorder(weight)
+        self._fewest_rows = STREAMING_ROWS if streamed else 1
+
+    def multiply(
+        self, x: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """As the base class says; `padded` rows are multiplied, zeros below x."""
         rows = x.shape[0]
-        size = padded(rows, fewest_rows)
+        size = padded(rows, self._fewest_rows)
         if size > rows > 0:
             x = F.pad(x, (0, 0, 0, size - rows))
-            return _multiply(x, weight, bias, "none", _NO_SCALARS, "")[:rows]  # type: ignore[no-any-return]
-        return _multiply(x, weight, bias, "none", _NO_SCALARS, "")  # type: ignore[no-any-return]
-    return F.linear(x, weight, bias)
+        out: Tensor = _multiply(x, self._blocked, bias, "none", _NO_SCALARS, "")[:rows]
+        return out if dtype is None else out.to(dtype)
 
 
 def padded(rows: int, fewest_rows: int = 1) -> int:
@@ -76,22 +82,36 @@ def has_native(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether blocked weights are faster than plain ones here, from what the processor has.
+    """Whether packed weights are faster than plain ones here, from what the processor has.
 
     Told from features and not from a stopwatch, so that two runs on one machine add in one order.
-    Measured on one Zen 4 core, 384 to 2048 wide: 1.4 to 2.6 times faster in bfloat16 at 1 to 8
-    rows, level with plain from 64 to 1024; float32 1.2 to 2.8 times at 4 to 64, 1.2 at 1024.
+    Blocked ones, measured on one Zen 4 core, 384 to 2048 wide: 1.4 to 2.6 times faster in bfloat16
+    at 1 to 8 rows, level with plain from 64 to 1024; float32 1.2 to 2.8 times at 4 to 64, 1.2 at
+    1024.
     """
-    if device.type != "cpu" or not _HAS_ONEDNN:
-        return False
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    return device.type == "cpu" and (_is_ours(dtype) or _can_block(dtype))
+
+
+def pack(weight: Tensor, *, streamed: bool = False) -> PackedWeight:
+    """Re-order a weight [outputs, inputs] into our panels, or where we have no kernel, oneDNN's.
+
+    streamed  it comes from memory at each step, not from a cache
+    cost      a second copy until the plain weight is dropped; no gradient reaches it
+    """
+    weight = weight.detach()
+    if _is_ours(weight.dtype):
+        return NativeWeight.of_floats(weight)
+    return BlockedWeight(weight, streamed=streamed)
+
+
+def _is_ours(dtype: torch.dtype) -> bool:
+    found = kernels()
+    return found is not None and found.multiplies(dtype)
+
+
+def _can_block(dtype: torch.dtype) -> bool:
+    if not _HAS_ONEDNN or platform.machine().lower() not in ("x86_64", "amd64"):
         return False  # not measured elsewhere
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and has_native(dtype, device))
-
-
-def pack(weight: Tensor) -> Tensor:
-    """Re-order a weight [outputs, inputs] into oneDNN's blocked layout: opaque, for `linear` only.
-
-    cost  a second copy until the plain weight is dropped; no gradient reaches it
-    """
-    return _reorder(weight.detach())  # type: ignore[no-any-return]
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and has_native(dtype, torch.device("cpu"))
+    )

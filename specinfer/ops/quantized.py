@@ -3,12 +3,12 @@
     int8    y = s_token · s_output · Σ a w,  a and w in -127…127: exact integers below the scales
     int4    y = Σ x (s_group · w),           w in -8…7, a scale per group of inputs
 
-Every token has a scale of its own, so a row's result is the same bits alone and in any batch. The
-fast int8 kernel is oneDNN's on VNNI: what it reads from memory is half of bfloat16's.
+Every token has a scale of its own, so a row's result is the same bits alone and in any batch.
+The fast kernels are ours (`ops/native`), which read half and a quarter of bfloat16's bytes; without
+them int8 is oneDNN's on VNNI and int4 is torch's.
 """
 
 import platform
-from abc import ABC, abstractmethod
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specinfer.ops.linear import padded
+from specinfer.ops.linear import STREAMING_ROWS, padded
+from specinfer.ops.native import NativeWeight, kernels
+from specinfer.ops.packed import PackedWeight
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()
 # Resolved here because a look-up costs microseconds, and absent where torch is built without it.
@@ -113,26 +115,37 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mul_(scale.reciprocal()).round_().to(torch.int8), scale
 
 
-class QuantizedWeight(ABC):
-    """A weight [outputs, inputs] that multiplies rows."""
+def pack_int8(
+    values: Tensor, scales: Tensor, *, fast: bool = True, streamed: bool = False
+) -> PackedWeight:
+    """A weight that multiplies activations rounded to int8 with a scale per row.
 
-    @abstractmethod
-    def multiply(
-        self,
-        x: Tensor,
-        bias: Tensor | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        fewest_rows: int = 1,
-    ) -> Tensor:
-        """x [n, inputs] @ weight.T + bias: [n, outputs].
-
-        dtype        of what is returned; None: x's
-        fewest_rows  as `ops.linear.linear` has it, where the kernel is oneDNN's
-        """
+    values, scales  as `quantize_int8` gives them
+    fast            False: in plain PyTorch
+    streamed        it comes from memory at each step, not from a cache
+    """
+    found = kernels()
+    if fast and found is not None and found.multiplies(torch.int8):
+        return NativeWeight.of_int8(values, scales)
+    return Int8Weight(values, scales, fast=fast, streamed=streamed)
 
 
-class Int8Weight(QuantizedWeight):
+def pack_int4(
+    values: Tensor, scales: Tensor, *, dtype: torch.dtype, fast: bool = True
+) -> PackedWeight:
+    """A weight that multiplies activations as they are.
+
+    values, scales  as `quantize_int4` gives them
+    dtype           of the activations
+    fast            False: in plain PyTorch
+    """
+    found = kernels()
+    if fast and found is not None and found.multiplies(dtype):
+        return NativeWeight.of_int4(values, scales)
+    return Int4Weight(values, scales, dtype=dtype, fast=fast)
+
+
+class Int8Weight(PackedWeight):
     """int8 with a scale per output, times activations rounded to int8 with a scale per row.
 
     error  none against the formula above: sums of integers are exact, scales are applied in
@@ -140,8 +153,11 @@ class Int8Weight(QuantizedWeight):
     cost   where the processor has no VNNI the weight is converted at each call: slow, and equal
     """
 
-    def __init__(self, values: Tensor, scales: Tensor, *, fast: bool = True) -> None:
-        """Take values [outputs, inputs] int8 and scales [outputs, 1] float32."""
+    def __init__(
+        self, values: Tensor, scales: Tensor, *, fast: bool = True, streamed: bool = False
+    ) -> None:
+        """As `pack_int8` takes them."""
+        self._fewest_rows = STREAMING_ROWS if streamed else 1
         self._num_outputs = values.shape[0]
         self._scales = scales.flatten().float()
         self._packed: Tensor | None = None
@@ -152,18 +168,13 @@ class Int8Weight(QuantizedWeight):
             self._values = values.clone()
 
     def multiply(
-        self,
-        x: Tensor,
-        bias: Tensor | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        fewest_rows: int = 1,
+        self, x: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
     ) -> Tensor:
         """As the base class says."""
         rows, dtype = x.shape[0], dtype or x.dtype
         if rows == 0:
             return x.new_empty(0, self._num_outputs, dtype=dtype)
-        if (size := padded(rows, fewest_rows)) > rows:
+        if (size := padded(rows, self._fewest_rows)) > rows:
             x = F.pad(x, (0, 0, 0, size - rows))
         a, scale = quantize_tokens(x)
         out = self._integers(a).mul_(scale)[:rows]
@@ -198,7 +209,7 @@ def multiply_reference(a: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     return F.linear(a.double(), values.double()).float().mul_(scales)
 
 
-class Int4Weight(QuantizedWeight):
+class Int4Weight(PackedWeight):
     """int4 with a scale per output and group of inputs; activations stay as they are.
 
     One kernel for any number of rows, so that a row's result is the same bits in every batch. It
@@ -208,10 +219,7 @@ class Int4Weight(QuantizedWeight):
     """
 
     def __init__(self, values: Tensor, scales: Tensor, *, dtype: torch.dtype, fast: bool = True):
-        """Take values [outputs, inputs] int8 in -8…7 and scales [outputs, groups] float32.
-
-        dtype  of the activations
-        """
+        """As `pack_int4` takes them."""
         self._num_outputs = values.shape[0]
         self._group_size = values.shape[1] // scales.shape[1]
         self._plain: Tensor | None = None
@@ -225,12 +233,7 @@ class Int4Weight(QuantizedWeight):
         self._scales = torch.stack((columns, torch.zeros_like(columns)), -1).contiguous()
 
     def multiply(
-        self,
-        x: Tensor,
-        bias: Tensor | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        fewest_rows: int = 1,
+        self, x: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
     ) -> Tensor:
         """As the base class says."""
         if self._plain is not None:

@@ -10,6 +10,7 @@ from specinfer.models.decoder import Decoder
 from specinfer.ops.attention import AttentionPlan
 from specinfer.run.batch import Span, flatten
 from specinfer.run.graph import device_steps
+from specinfer.run.native import NativeSteps, native_steps
 
 
 class Runner:
@@ -29,7 +30,14 @@ class Runner:
             dtype=decoder.dtype,
             device=decoder.device,
         )
-        self._device_steps = device_steps(decoder, self.pool, scratch=num_slots)
+        self._steps = device_steps(decoder, self.pool, scratch=num_slots) or native_steps(
+            decoder, self.pool
+        )
+
+    @property
+    def is_native(self) -> bool:
+        """Whether our own kernels run whole steps."""
+        return isinstance(self._steps, NativeSteps)
 
     @torch.inference_mode()
     def run(self, spans: Sequence[Span]) -> Tensor:
@@ -38,8 +46,8 @@ class Runner:
         returns  [rows, vocab] float32: the spans' last `num_logits` tokens, one span after the
                  other
         """
-        if self._device_steps is not None:
-            return self._device_steps.run(spans)
+        if self._steps is not None:
+            return self._steps.run(spans)
         batch = flatten(spans, self.device)
         architecture = self.decoder.architecture
         plan = AttentionPlan(

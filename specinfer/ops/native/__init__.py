@@ -1,0 +1,224 @@
+"""Our own kernels for processors with AVX-512, and their structures in ctypes, field by field."""
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specinfer.ops.native.build import has_tiles, library
+from specinfer.ops.packed import PackedWeight
+
+_FLOAT32, _BFLOAT16, _INT8, _INT4 = range(4)
+_WIDTH = 32
+"""Outputs of a panel."""
+_WORD = 4
+"""Bytes of a row that one step multiplies."""
+_INT4_STEP = 8
+"""Inputs of a step of int4."""
+
+
+class Weight(Structure):
+    """A packed weight, as linear.h has it."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("kind", "inputs", "outputs", "group_size")),
+        *((name, c_void_p) for name in ("panels", "scales", "offsets", "bias")),
+    )
+
+
+class Layer(Structure):
+    """A decoder layer with its pages, as decoder.cpp has it."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, Weight) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, c_void_p) for name in ("keys", "values")),
+        ("plan", c_int64),
+    )
+
+
+class Model(Structure):
+    """A decoder, as decoder.cpp has it."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("is_bfloat16", "num_layers", "hidden", "heads")),
+        *((name, c_int64) for name in ("kv_heads", "head_dim", "inner", "activation", "slots")),
+        *((name, c_float) for name in ("eps", "scale")),
+        ("layers", POINTER(Layer)),
+        *((name, c_void_p) for name in ("norm", "embedding")),
+        ("head", Weight),
+    )
+
+
+class Step(Structure):
+    """What changes from step to step, as decoder.cpp has it."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("num_tokens", "num_rows", "num_segments")),
+        *((name, c_void_p) for name in ("tokens", "positions", "writes", "rows")),
+        *((name, c_void_p) for name in ("cos", "sin", "plans", "logits")),
+    )
+
+
+ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
+"""By their number in decoder.cpp."""
+_MOST_HEAD_DIM = 512
+_MOST_GROUPS = 128
+
+
+class Kernels:
+    """The library's functions."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        features = library.specinfer_features
+        features.restype = c_int64
+        found = features()
+        self.bfloat16 = bool(found & 2) and not has_tiles()
+        self.int8 = bool(found & 4) and not has_tiles()
+        self.pack = _function(library, "pack", (c_void_p, *[c_int64] * 3, c_void_p, c_int))
+        self.multiply = _function(
+            library,
+            "multiply",
+            (POINTER(Weight), c_void_p, c_int64, c_int64, c_void_p, c_int, c_int, c_int),
+        )
+        self.attend = _function(
+            library,
+            "attend",
+            (c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 4, c_float, c_int, c_int),
+        )
+        self.step = _function(library, "step", (POINTER(Model), POINTER(Step), c_int))
+
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether there are products of weights of this type."""
+        if dtype == torch.float32:
+            return True
+        return self.bfloat16 if dtype == torch.bfloat16 else dtype == torch.int8 and self.int8
+
+
+def _function(library: ctypes.CDLL, name: str, arguments: tuple[Any, ...]) -> Any:
+    function = getattr(library, f"specinfer_{name}")
+    function.argtypes, function.restype = arguments, None
+    return function
+
+
+@cache
+def kernels() -> Kernels | None:
+    """Our kernels, or None where there are none: see `build.library`."""
+    loaded = library()
+    return None if loaded is None else Kernels(loaded)
+
+
+def can_attend(dtype: torch.dtype, head_dim: int, num_groups: int) -> bool:
+    """Whether `Kernels.attend` and `Kernels.step` take such heads."""
+    found = kernels()
+    return (
+        found is not None
+        and dtype != torch.int8
+        and found.multiplies(dtype)
+        and head_dim % 2 == 0
+        and head_dim <= _MOST_HEAD_DIM
+        and num_groups <= _MOST_GROUPS
+    )
+
+
+class NativeWeight(PackedWeight):
+    """A weight in panels: see linear.h. A row's result is the same bits beside any other rows."""
+
+    def __init__(
+        self, kind: int, shape: torch.Size, panels: Tensor, *, group_size: int = 0
+    ) -> None:
+        found = kernels()
+        assert found is not None
+        self._multiply = found.multiply
+        self._outputs, self._inputs = shape
+        self.panels = panels
+        self._kept: list[Tensor] = [panels]  # what addresses below belong to
+        self._struct = Weight(
+            kind=kind,
+            inputs=self._inputs,
+            outputs=self._outputs,
+            group_size=group_size,
+            panels=panels.data_ptr(),
+        )
+        self._row_unit = {_FLOAT32: 1, _BFLOAT16: 2}.get(kind, 1)
+
+    @classmethod
+    def of_floats(cls, weight: Tensor) -> "NativeWeight":
+        """From a weight [outputs, inputs] in float32 or bfloat16."""
+        kind = _FLOAT32 if weight.dtype == torch.float32 else _BFLOAT16
+        return cls(kind, weight.shape, _panels(weight))
+
+    @classmethod
+    def of_int8(cls, values: Tensor, scales: Tensor) -> "NativeWeight":
+        """From values [outputs, inputs] int8 and scales [outputs, 1] float32."""
+        weight = cls(_INT8, values.shape, _panels(values))
+        offsets = values.sum(-1, dtype=torch.int32).mul_(128)
+        scales = scales.flatten().float().contiguous()
+        weight._kept += [offsets, scales]
+        weight._struct.offsets, weight._struct.scales = offsets.data_ptr(), scales.data_ptr()
+        return weight
+
+    @classmethod
+    def of_int4(cls, values: Tensor, scales: Tensor) -> "NativeWeight":
+        """From values [outputs, inputs] int8 in -8…7 and scales [outputs, groups] float32."""
+        outputs, inputs = values.shape
+        missing = -outputs % _WIDTH
+        panels = torch.empty(
+            (outputs + missing) // _WIDTH, inputs // _INT4_STEP, 2, 16, 2, dtype=torch.int16
+        )
+        units = torch.tensor([1, 16, 256, 4096], dtype=torch.int32)
+        for panel in range(len(panels)):
+            part = values[panel * _WIDTH :][:_WIDTH]
+            part = F.pad(part, (0, 0, 0, _WIDTH - part.shape[0])).to(torch.int32).add_(8)
+            # [outputs 2 16, steps, nibbles 4, pairs 2] -> [steps, 2, 16, pairs]
+            nibbles = part.view(2, 16, -1, 4, 2).permute(2, 0, 1, 4, 3)
+            panels[panel] = (nibbles * units).sum(-1).to(torch.int16)
+        weight = cls(_INT4, values.shape, panels, group_size=inputs // scales.shape[1])
+        columns = F.pad(scales.float(), (0, 0, 0, missing)).t().contiguous()
+        weight._kept.append(columns)
+        weight._struct.scales = columns.data_ptr()
+        return weight
+
+    def multiply(
+        self, x: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """As the base class says; accumulates in float32, int8 in integers."""
+        rows, dtype = x.shape[0], dtype or x.dtype
+        out = torch.empty(rows, self._outputs, dtype=dtype)
+        if missing := -self._inputs % self._row_unit:
+            x = F.pad(x, (0, missing))
+        if x.stride(-1) != 1 or x.stride(0) % self._row_unit:
+            x = x.contiguous()
+        struct = self.with_bias(bias)
+        self._multiply(
+            *(ctypes.byref(struct), x.data_ptr(), x.stride(0), rows, out.data_ptr()),
+            *(x.dtype == torch.bfloat16, dtype == torch.bfloat16, torch.get_num_threads()),
+        )
+        return out
+
+    def with_bias(self, bias: Tensor | None) -> Weight:
+        """The structure, for as long as this weight and the bias live."""
+        if bias is None:
+            return self._struct
+        struct = Weight.from_buffer_copy(self._struct)
+        struct.bias = bias.data_ptr()
+        return struct
+
+
+def _panels(weight: Tensor) -> Tensor:
+    """[outputs, inputs] -> [panels, words, 32] words, with zeros for what is missing."""
+    found = kernels()
+    assert found is not None
+    outputs, inputs = weight.shape
+    unit = _WORD // weight.element_size()
+    if inputs % unit:
+        weight = F.pad(weight, (0, -inputs % unit))
+    weight = weight.contiguous()
+    words = weight.shape[1] // unit
+    panels = torch.empty(-(-outputs // _WIDTH), words, _WIDTH, dtype=torch.int32)
+    found.pack(weight.data_ptr(), words, outputs, words, panels.data_ptr(), torch.get_num_threads())
+    return panels

@@ -1,0 +1,374 @@
+// The decoder's step on a processor: models/decoder.py in one call, one team of threads, no
+// allocation and nothing between the parts but a barrier. What it is made of comes as numbers and
+// addresses from ops/native/__init__.py, whose structures are these, field by field.
+
+#include <cmath>
+
+#include <omp.h>
+
+#include "attention.h"
+
+enum Activation : int64_t { SILU, RELU, GELU, GELU_TANH };
+
+struct Layer {
+    const void *attention_norm, *mlp_norm;
+    const void *q_norm, *k_norm; // [head_dim] or null
+    Weight qkv, output, gate_up, down;
+    void *keys, *values; // [kv_heads][slots][head_dim]
+    int64_t plan;        // which of the step's lists of segments
+};
+
+struct Model {
+    int64_t is_bfloat16, num_layers, hidden, heads, kv_heads, head_dim, inner, activation, slots;
+    float eps, scale;
+    const Layer *layers;
+    const void *norm, *embedding; // [hidden], [vocab][hidden]
+    Weight head;
+};
+
+struct Step {
+    int64_t num_tokens, num_rows, num_segments;
+    const int64_t *tokens, *positions, *writes; // [num_tokens]; the slots that K and V go to
+    const int64_t *rows;                        // [num_rows] tokens whose logits are asked for
+    const float *cos, *sin;                     // [positions][head_dim / 2]
+    const Segment *const *plans;                // per plan [num_segments]
+    float *logits;                              // [num_rows][vocab]
+};
+
+template <class E>
+INLINE void norm_row(const E *x, const void *weight, size_t size, float eps, E *to) {
+    // Four sums at a time; in which order does not depend on anything but the size.
+    __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
+                     _mm512_setzero_ps()};
+    for (size_t k = 0; k < size; k += 64)
+        UNROLL for (size_t i = 0; i < 4; i++) {
+            ptrdiff_t left = (ptrdiff_t)size - (ptrdiff_t)(k + i * 16);
+            if (left <= 0) break;
+            __m512 v = load(x + k + i * 16, lanes(left));
+            sum[i] = _mm512_fmadd_ps(v, v, sum[i]);
+        }
+    __m512 all = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
+    __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(all) / size + eps));
+    for (size_t k = 0; k < size; k += 16) {
+        __mmask16 mask = lanes(size - k);
+        __m512 v = _mm512_mul_ps(load(x + k, mask), factor);
+        store(to + k, _mm512_mul_ps(v, load(static_cast<const E *>(weight) + k, mask)), mask);
+    }
+}
+
+template <class E>
+INLINE void rotate_head(E *x, const float *cos, const float *sin, size_t half) {
+    for (size_t i = 0; i < half; i += 16) {
+        __mmask16 mask = lanes(half - i);
+        __m512 a = load(x + i, mask), b = load(x + half + i, mask);
+        __m512 c = load(cos + i, mask), s = load(sin + i, mask);
+        store(x + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), mask);
+        store(x + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)), mask);
+    }
+}
+
+template <class F> INLINE __m512 lane_by_lane(__m512 x, const F &f) {
+    alignas(64) float v[16];
+    _mm512_store_ps(v, x);
+    for (float &each : v) each = f(each);
+    return _mm512_load_ps(v);
+}
+
+INLINE __m512 activate(int64_t kind, __m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f), zero = _mm512_setzero_ps();
+    switch (kind) {
+    case SILU: return _mm512_div_ps(x, _mm512_add_ps(one, exp(_mm512_sub_ps(zero, x))));
+    case RELU: return _mm512_max_ps(zero, x);
+    case GELU: return lane_by_lane(x, [](float v) {
+        return v * 0.5f * (1.0f + std::erf(v * 0.70710678f));
+    });
+    default: { // x * sigmoid(2 u) is x / 2 * (1 + tanh(u))
+        __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+        __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
+        __m512 e = exp(_mm512_mul_ps(u, _mm512_set1_ps(-2 * 0.79788456f)));
+        return _mm512_div_ps(x, _mm512_add_ps(one, e));
+    }
+    }
+}
+
+// gate_up [2 * inner] -> [inner]
+template <class E>
+INLINE void gate_row(const Model &m, const E *gate_up, E *to, size_t begin, size_t end) {
+    for (size_t k = begin; k < end; k += 16) {
+        __mmask16 mask = lanes(end - k);
+        __m512 up = load(gate_up + m.inner + k, mask);
+        store(to + k, _mm512_mul_ps(activate(m.activation, load(gate_up + k, mask)), up), mask);
+    }
+}
+
+// A team's memory for one step.
+template <class E> struct Buffers {
+    E *hidden, *normed, *qkv, *mixed, *gate_up, *gated;
+    Rounded rounded;
+    size_t hidden_stride, mixed_stride, gated_stride; // of normed, mixed and gated, elements
+
+    static constexpr size_t pad(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+    // Lays them out from `at` on; how many bytes that takes.
+    size_t lay_out(const Model &m, size_t n, char *at) {
+        char *start = at;
+        auto take = [&](size_t bytes) {
+            char *mine = at;
+            at += pad(bytes);
+            return mine;
+        };
+        size_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
+        size_t widest = m.hidden > m.inner ? m.hidden : m.inner;
+        if (q > widest) widest = q;
+        hidden_stride = spread(m.hidden * sizeof(E)) / sizeof(E);
+        mixed_stride = spread(q * sizeof(E)) / sizeof(E);
+        gated_stride = spread(m.inner * sizeof(E)) / sizeof(E);
+        hidden = (E *)take(n * m.hidden * sizeof(E));
+        normed = (E *)take(n * hidden_stride * sizeof(E));
+        qkv = (E *)take(n * (q + 2 * kv) * sizeof(E));
+        mixed = (E *)take(n * mixed_stride * sizeof(E));
+        gate_up = (E *)take(n * 2 * m.inner * sizeof(E));
+        gated = (E *)take(n * gated_stride * sizeof(E));
+        rounded.values = (uint8_t *)take(n * Rounded::stride(widest));
+        rounded.scales = (float *)take(n * sizeof(float));
+        return at - start;
+    }
+};
+
+template <class E> class Run {
+  public:
+    Run(const Model &m, const Step &s, Buffers<E> b, std::atomic<int64_t> *next)
+        : m(m), s(s), b(b), next(next), n(s.num_tokens) {}
+
+    void run(Member member) const {
+        static thread_local Scratch scratch;
+        for (size_t i = member.begin(n); i < member.end(n); i++) {
+            auto row = static_cast<const E *>(m.embedding) + s.tokens[i] * m.hidden;
+            std::copy(row, row + m.hidden, b.hidden + i * m.hidden);
+        }
+        for (int64_t layer = 0; layer < m.num_layers; layer++)
+            run_layer(member, m.layers[layer], next[layer], scratch);
+        // The last layer's barrier has passed: only rows that are asked for are normed.
+        for (size_t i = member.begin(s.num_rows); i < member.end(s.num_rows); i++)
+            norm_row(b.hidden + s.rows[i] * m.hidden, m.norm, m.hidden, m.eps,
+                     b.normed + i * b.hidden_stride);
+        round(member, m.head, b.normed, b.hidden_stride, s.num_rows);
+#pragma omp barrier
+        product(member, m.head, b.normed, b.hidden_stride, (const E *)nullptr, s.logits, s.num_rows);
+    }
+
+  private:
+    void run_layer(Member member, const Layer &layer, std::atomic<int64_t> &counter,
+                   Scratch &scratch) const {
+        const size_t dim = m.head_dim, rotated = m.heads + m.kv_heads;
+        const size_t wide = (rotated + m.kv_heads) * dim;
+        // A row is normed by whom it was embedded by; later layers begin behind a barrier.
+        norm(member, layer.attention_norm);
+        round(member, layer.qkv, b.normed, b.hidden_stride, n);
+#pragma omp barrier
+        product(member, layer.qkv, b.normed, b.hidden_stride, (const E *)nullptr, b.qkv, n);
+#pragma omp barrier
+        for (size_t i = member.begin(n); i < member.end(n); i++)
+            place(layer, i, b.qkv + i * wide, dim, rotated);
+#pragma omp barrier
+        auto k = static_cast<const E *>(layer.keys), v = static_cast<const E *>(layer.values);
+        attend(Attention<E>{s.plans[layer.plan], (size_t)s.num_segments, (size_t)m.heads,
+                            (size_t)m.kv_heads, m.scale, {k, v, m.slots * dim, dim}, b.qkv, wide,
+                            b.mixed, b.mixed_stride},
+               counter, scratch);
+#pragma omp barrier
+        if (round(member, layer.output, b.mixed, b.mixed_stride, n)) {
+#pragma omp barrier
+        }
+        product(member, layer.output, b.mixed, b.mixed_stride, b.hidden, b.hidden, n);
+#pragma omp barrier
+        norm(member, layer.mlp_norm);
+        round(member, layer.gate_up, b.normed, b.hidden_stride, n);
+#pragma omp barrier
+        product(member, layer.gate_up, b.normed, b.hidden_stride, (const E *)nullptr, b.gate_up, n);
+#pragma omp barrier
+        gate(member);
+#pragma omp barrier
+        if (round(member, layer.down, b.gated, b.gated_stride, n)) {
+#pragma omp barrier
+        }
+        product(member, layer.down, b.gated, b.gated_stride, b.hidden, b.hidden, n);
+#pragma omp barrier
+    }
+
+    void norm(Member member, const void *weight) const {
+        for (size_t i = member.begin(n); i < member.end(n); i++)
+            norm_row(b.hidden + i * m.hidden, weight, m.hidden, m.eps, b.normed + i * b.hidden_stride);
+    }
+
+    // Whether the weight wants its rows rounded, which every member has then done to its share.
+    bool round(Member member, const Weight &w, const E *x, size_t stride, size_t rows) const {
+        if (w.kind == INT8) round_rows(member, x, stride, rows, w.inputs, b.rounded);
+        return w.kind == INT8;
+    }
+
+    template <class O>
+    void product(Member member, const Weight &w, const E *x, size_t stride, const E *residual,
+                 O *out, size_t rows) const {
+        multiply(member, w, x, stride, b.rounded, rows, Target<E, O>{out, residual});
+    }
+
+    // Norms and rotates a token's q and k, and stores its k and v.
+    void place(const Layer &layer, size_t i, E *heads, size_t dim, size_t rotated) const {
+        const float *cos = s.cos + s.positions[i] * (dim / 2);
+        const float *sin = s.sin + s.positions[i] * (dim / 2);
+        for (size_t h = 0; h < rotated; h++) {
+            const void *weight = h < (size_t)m.heads ? layer.q_norm : layer.k_norm;
+            if (weight != nullptr) norm_row(heads + h * dim, weight, dim, m.eps, heads + h * dim);
+            rotate_head(heads + h * dim, cos, sin, dim / 2);
+        }
+        for (size_t h = 0; h < (size_t)m.kv_heads; h++) {
+            size_t at = (h * m.slots + s.writes[i]) * dim;
+            const E *k = heads + (m.heads + h) * dim, *v = heads + (rotated + h) * dim;
+            std::copy(k, k + dim, static_cast<E *>(layer.keys) + at);
+            std::copy(v, v + dim, static_cast<E *>(layer.values) + at);
+        }
+    }
+
+    void gate(Member member) const {
+        // Parts of 64 elements: of one row as of many.
+        size_t parts = (m.inner + 63) / 64;
+        for (size_t i = member.begin(n * parts); i < member.end(n * parts); i++) {
+            size_t row = i / parts, begin = i % parts * 64, end = begin + 64;
+            gate_row(m, b.gate_up + row * 2 * m.inner, b.gated + row * b.gated_stride, begin,
+                     end < (size_t)m.inner ? end : m.inner);
+        }
+    }
+
+    const Model &m;
+    const Step &s;
+    const Buffers<E> b;
+    std::atomic<int64_t> *next; // per layer
+    const size_t n;
+};
+
+template <class E> void run_step(const Model &model, const Step &step, int threads) {
+    static thread_local Scratch memory, counters;
+    Buffers<E> buffers;
+    size_t bytes = buffers.lay_out(model, step.num_tokens, nullptr);
+    buffers.lay_out(model, step.num_tokens, memory.get<char>(bytes));
+    auto next = counters.get<std::atomic<int64_t>>(model.num_layers);
+    for (int64_t i = 0; i < model.num_layers; i++) new (next + i) std::atomic<int64_t>(0);
+    Run<E> run(model, step, buffers, next);
+#pragma omp parallel num_threads(threads)
+    run.run(Member{omp_get_thread_num(), omp_get_num_threads()});
+}
+
+template <class E, class O>
+void run_product(const Weight &w, const E *x, size_t stride, size_t rows, O *out, int threads) {
+    static thread_local Scratch values, scales;
+    Rounded rounded{};
+    if (w.kind == INT8)
+        rounded = {values.get<uint8_t>(rows * Rounded::stride(w.inputs)), scales.get<float>(rows)};
+#pragma omp parallel num_threads(threads)
+    {
+        Member member{omp_get_thread_num(), omp_get_num_threads()};
+        if (w.kind == INT8) {
+            round_rows(member, x, stride, rows, w.inputs, rounded);
+#pragma omp barrier
+        }
+        multiply(member, w, x, stride, rounded, rows, Target<E, O>{out, nullptr});
+    }
+}
+
+template <class E> void run_attention(const Attention<E> &attention, int threads) {
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local Scratch scratch;
+        attend(attention, next, scratch);
+    }
+}
+
+// --- what Python calls ----------------------------------------------------------------------------
+
+extern "C" {
+
+// What this processor multiplies, as bits: 1 float32, 2 bfloat16, 4 int8.
+int64_t specinfer_features() {
+    int64_t features = 1;
+#ifdef __AVX512BF16__
+    features |= 2;
+#endif
+#ifdef __AVX512VNNI__
+    features |= 4;
+#endif
+    return features;
+}
+
+// from [rows][stride] words -> to [rows / 32][words][32], zeros for missing rows
+void specinfer_pack(const int32_t *from, int64_t stride, int64_t rows, int64_t words, int32_t *to,
+                    int threads) {
+    const size_t panels = (rows + WIDTH - 1) / WIDTH;
+#pragma omp parallel for num_threads(threads)
+    for (size_t half = 0; half < panels * 2; half++)
+        for (int64_t k = 0; k < words; k += 16) {
+            __m512i block[16];
+            for (size_t i = 0; i < 16; i++) {
+                int64_t row = half * 16 + i;
+                block[i] = row < rows ? _mm512_maskz_loadu_epi32(lanes(words - k),
+                                                                 from + row * stride + k)
+                                      : _mm512_setzero_si512();
+            }
+            transpose(block);
+            for (int64_t i = 0; i < 16 && k + i < words; i++)
+                _mm512_store_si512(to + (half / 2 * words + k + i) * WIDTH + half % 2 * 16, block[i]);
+        }
+}
+
+void specinfer_step(const Model *model, const Step *step, int threads) {
+#ifdef __AVX512BF16__
+    if (model->is_bfloat16) return run_step<bfloat16>(*model, *step, threads);
+#endif
+    run_step<float>(*model, *step, threads);
+}
+
+// x [rows][stride], elements -> out [rows][outputs] of x's type or float32
+void specinfer_multiply(const Weight *w, const void *x, int64_t stride, int64_t rows, void *out,
+                        int is_bfloat16, int out_is_bfloat16, int threads) {
+#ifdef __AVX512BF16__
+    if (is_bfloat16) {
+        auto from = static_cast<const bfloat16 *>(x);
+        if (out_is_bfloat16)
+            return run_product(*w, from, stride, rows, static_cast<bfloat16 *>(out), threads);
+        return run_product(*w, from, stride, rows, static_cast<float *>(out), threads);
+    }
+    if (out_is_bfloat16)
+        return run_product(*w, static_cast<const float *>(x), stride, rows,
+                           static_cast<bfloat16 *>(out), threads);
+#endif
+    run_product(*w, static_cast<const float *>(x), stride, rows, static_cast<float *>(out), threads);
+}
+
+// q [tokens][heads][head_dim] -> out alike
+void specinfer_attend(const Segment *segments, int64_t num_segments, const void *q,
+                      const void *keys, const void *values, void *out, int64_t heads,
+                      int64_t kv_heads, int64_t head_dim, int64_t slots, float scale,
+                      int is_bfloat16, int threads) {
+    auto run = [&](auto *zero) {
+        using E = std::remove_pointer_t<decltype(zero)>;
+        run_attention(
+            Attention<E>{segments,
+                         (size_t)num_segments,
+                         (size_t)heads,
+                         (size_t)kv_heads,
+                         scale,
+                         {static_cast<const E *>(keys), static_cast<const E *>(values),
+                          (size_t)(slots * head_dim), (size_t)head_dim},
+                         static_cast<const E *>(q),
+                         (size_t)(heads * head_dim),
+                         static_cast<E *>(out),
+                         (size_t)(heads * head_dim)},
+            threads);
+    };
+#ifdef __AVX512BF16__
+    if (is_bfloat16) return run(static_cast<bfloat16 *>(nullptr));
+#endif
+    run(static_cast<float *>(nullptr));
+}
+}

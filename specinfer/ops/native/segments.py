@@ -1,0 +1,80 @@
+"""A step's segments as the native kernels read them, and attention by itself."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from specinfer.ops.attention import Segment
+from specinfer.ops.native import kernels
+
+_FIELDS = 7
+
+
+class SegmentTable:
+    """Segments under one window, field by field as attention.h has them.
+
+    address  of the first; good for as long as the table lives
+    """
+
+    def __init__(self, segments: Sequence[Segment], window: int | None) -> None:
+        self._kept: list[npt.NDArray[np.generic]] = []  # what addresses in the table belong to
+        rows: list[tuple[int, ...]] = [self._row(segment, window) for segment in segments]
+        self._table = np.array(rows, np.int64).reshape(-1, _FIELDS)
+        self.address: int = self._table.ctypes.data
+
+    def _row(self, segment: Segment, window: int | None) -> tuple[int, ...]:
+        slots, start, mask, first = 0, 0, 0, 0
+        if isinstance(segment.slots, slice):
+            start = segment.slots.start
+        else:
+            slots = self._keep(np.ascontiguousarray(segment.slots, np.int64))
+        seen = segment.mask
+        if window is not None and max(segment.query_positions) >= window:
+            queries = np.asarray(segment.query_positions, np.int64)
+            # Of a chain keys stand at their positions. Of a tree the prefix does, at least.
+            first = self._keep(np.maximum(queries - window + 1, 0))
+            if seen is not None:
+                near = segment.distances()[:, segment.prefix :] < window
+                seen = seen & near
+                first = self._keep(np.minimum(np.maximum(queries - window + 1, 0), segment.prefix))
+        if seen is not None:
+            mask = self._keep(np.ascontiguousarray(seen, np.bool_))
+        return segment.num_queries, segment.num_keys, segment.prefix, slots, start, mask, first
+
+    def _keep(self, array: npt.NDArray[np.generic]) -> int:
+        self._kept.append(array)
+        return array.ctypes.data
+
+
+def attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    segments: Sequence[Segment],
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """`ops.attention.attention_reference` by our kernel: see `can_attend`.
+
+    error  2e-6 in float32, one rounding of the result in bfloat16; a node's result is the same bits
+           in every tree, chunk and batch
+    """
+    found = kernels()
+    assert found is not None
+    q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+    table = SegmentTable(segments, window)
+    found.attend(
+        *(table.address, len(segments), q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr()),
+        *(
+            out.data_ptr(),
+            q.shape[1],
+            k_pages.shape[0],
+            q.shape[2],
+            k_pages.stride(0) // q.shape[2],
+        ),
+        *(scale, q.dtype == torch.bfloat16, torch.get_num_threads()),
+    )
+    return out

@@ -1,0 +1,138 @@
+"""A model's steps on a processor with kernels of our own: one call from tokens to logits."""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specinfer.cache.pool import KVPool
+from specinfer.models.decoder import Decoder, DecoderLayer
+from specinfer.models.layers import Linear, RMSNorm
+from specinfer.ops.native import (
+    ACTIVATIONS,
+    Kernels,
+    Layer,
+    Model,
+    NativeWeight,
+    Step,
+    Weight,
+    can_attend,
+    kernels,
+)
+from specinfer.ops.native.segments import SegmentTable
+from specinfer.ops.packed import PackedWeight
+from specinfer.run.batch import Span, lay_out
+
+_FIRST_POSITIONS = 1024
+"""Positions whose angles are computed at first; then twice as many whenever more are needed."""
+
+
+class NativeSteps:
+    """Runs one decoder over its pages by `ops/native`."""
+
+    def __init__(self, decoder: Decoder, pool: KVPool, kernels: Kernels) -> None:
+        a = decoder.architecture
+        self._run_step = kernels.step
+        self._decoder, self._pool = decoder, pool  # whose memory the structures point into
+        self._windows = sorted(set(a.windows), key=lambda window: (window is not None, window))
+        layers = (Layer * a.num_layers)()
+        for index, module in enumerate(decoder.layers):
+            assert isinstance(module, DecoderLayer)
+            layers[index] = self._layer(module, pool.layer(index))
+            layers[index].plan = self._windows.index(a.windows[index])
+        self._layers = layers
+        head = decoder.tied_head if decoder.lm_head is None else decoder.lm_head.packed
+        self._model = Model(
+            is_bfloat16=decoder.dtype == torch.bfloat16,
+            num_layers=a.num_layers,
+            hidden=a.hidden_size,
+            heads=a.num_heads,
+            kv_heads=a.num_kv_heads,
+            head_dim=a.head_dim,
+            inner=a.intermediate_size,
+            activation=ACTIVATIONS.index(a.activation),
+            slots=pool.num_slots,
+            eps=a.norm_eps,
+            scale=a.scale,
+            layers=layers,
+            norm=_address(decoder.norm),
+            embedding=decoder.embedding.weight.data_ptr(),
+            head=_weight(head),
+        )
+        self._vocab_size = a.vocab_size
+        self._cos, self._sin = decoder.rotary.table(_FIRST_POSITIONS)
+
+    @staticmethod
+    def _layer(module: DecoderLayer, pages: tuple[Tensor, Tensor]) -> Layer:
+        return Layer(
+            attention_norm=_address(module.attention_norm),
+            mlp_norm=_address(module.mlp_norm),
+            q_norm=_address(module.q_norm),
+            k_norm=_address(module.k_norm),
+            **{
+                name: _weight(linear.packed, linear)
+                for name in ("qkv", "output", "gate_up", "down")
+                if isinstance(linear := getattr(module, name), Linear)
+            },
+            keys=pages[0].data_ptr(),
+            values=pages[1].data_ptr(),
+        )
+
+    def run(self, spans: Sequence[Span]) -> Tensor:
+        """Compute spans as `Runner.run` does."""
+        flat = lay_out(spans)
+        num_tokens, num_rows = len(flat.tokens), len(flat.rows)
+        logits = torch.empty(num_rows, self._vocab_size)
+        if num_tokens == 0:
+            return logits
+        writes: list[int] = []
+        for each in flat.writes:
+            writes += range(each.start, each.stop) if isinstance(each, slice) else each.tolist()
+        highest = max(flat.positions)
+        if highest >= len(self._cos):
+            self._cos, self._sin = self._decoder.rotary.table(2 * highest)
+        numbers = np.array(flat.tokens + flat.positions + writes + flat.rows, np.int64)
+        address = numbers.ctypes.data
+        tables = [SegmentTable(flat.segments, window) for window in self._windows]
+        plans = (ctypes.c_void_p * len(tables))(*[table.address for table in tables])
+        size = 8 * num_tokens
+        step = Step(
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+            num_segments=len(flat.segments),
+            tokens=address,
+            positions=address + size,
+            writes=address + 2 * size,
+            rows=address + 3 * size,
+            cos=self._cos.data_ptr(),
+            sin=self._sin.data_ptr(),
+            plans=ctypes.addressof(plans),
+            logits=logits.data_ptr(),
+        )
+        self._run_step(ctypes.byref(self._model), ctypes.byref(step), torch.get_num_threads())
+        return logits
+
+
+def native_steps(decoder: Decoder, pool: KVPool) -> NativeSteps | None:
+    """What runs a decoder whose weights are all in our panels; None where some are not."""
+    found, a = kernels(), decoder.architecture
+    if found is None or decoder.device.type != "cpu":
+        return None
+    heads = decoder.tied_head if decoder.lm_head is None else decoder.lm_head.packed
+    linears = [module.packed for module in decoder.modules() if isinstance(module, Linear)]
+    if not all(isinstance(weight, NativeWeight) for weight in (*linears, heads)):
+        return None
+    if not can_attend(decoder.dtype, a.head_dim, a.num_heads // a.num_kv_heads):
+        return None
+    return NativeSteps(decoder, pool, found)
+
+
+def _weight(packed: PackedWeight | None, linear: Linear | None = None) -> Weight:
+    assert isinstance(packed, NativeWeight)
+    return packed.with_bias(None if linear is None else linear.bias)
+
+
+def _address(norm: RMSNorm | None) -> int | None:
+    return None if norm is None else norm.weight.data_ptr()

@@ -1,0 +1,109 @@
+"""Twin: our kernels for processors are the plain functions, and a node's bits never change."""
+
+import numpy as np
+import pytest
+import torch
+
+from specinfer.cache.blocks import Pages
+from specinfer.models.weights import load_decoder
+from specinfer.ops.attention import Segment, attention_reference
+from specinfer.ops.native import can_attend, kernels
+from specinfer.ops.native.segments import attend
+from specinfer.run.batch import Span
+from specinfer.run.runner import Runner
+from tests.test_decoder import CASES, flat_logits, random_sequences, save_random
+
+DTYPES = (torch.float32, torch.bfloat16)
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason="no kernels of ours here")
+
+
+def require(dtype: torch.dtype) -> None:
+    if not can_attend(dtype, 64, 1):
+        pytest.skip(f"no {dtype} here")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tree_mask(parents: list[int]) -> np.ndarray:
+    mask = np.eye(len(parents), dtype=np.bool_)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            mask[node] |= mask[parent]
+    return mask
+
+
+def segments(generator: np.random.Generator) -> list[Segment]:
+    """A tree behind a run, a chunk over scattered slots, one token, a long chunk from 0."""
+    parents = [-1, 0, 0, 1, 3, 2, 5, 5, 0]
+    depths = [0, 1, 1, 2, 3, 2, 3, 3, 1]
+    at = [50 + depth for depth in depths]
+    rest = list(range(40, 73))
+    return [
+        Segment(9, slice(5, 64), 50, tree_mask(parents), at, at),
+        Segment(33, generator.permutation(400)[:73], 40, None, rest, rest),
+        Segment(1, slice(100, 221), 120, None, [120], [120]),
+        Segment(70, slice(300, 370), 0, None, list(range(70)), list(range(70))),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads"), [(64, 6, 2), (16, 4, 4), (72, 34, 2)])
+def test_attention_is_the_reference(head_dim, heads, kv_heads, window, dtype):
+    require(dtype)
+    parts = segments(np.random.default_rng(0))
+    k, v = (random(kv_heads, 400, head_dim, seed=seed).to(dtype) for seed in (1, 2))
+    q = random(sum(part.num_queries for part in parts), heads, head_dim).to(dtype)
+    expected = attention_reference(q, k, v, parts, 0.2, window)
+    found = attend(q, k, v, parts, 0.2, window)
+    assert (found - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_node_of_a_tree_is_the_token_of_a_chain_to_the_bit(dtype):
+    """Behind any prefix, among any siblings, in any chunk."""
+    require(dtype)
+    k, v, q = (random(2, 200, 64, seed=seed).to(dtype) for seed in (1, 2, 3))
+    queries = q.transpose(0, 1).repeat_interleave(2, 1)  # [200, 4 heads, 64]
+    position = [150]
+    alone = attend(
+        queries[150:151], k, v, [Segment(1, slice(0, 151), 150, None, position, position)], 0.1
+    )
+    # The same keys as the path 140 … 150 of a tree with a sibling behind every node of it.
+    order = [slot for at in range(140, 151) for slot in (at, 160 + at - 140)]
+    parents = [-1, -1] + [2 * ((node - 2) // 2) for node in range(2, 22)]
+    positions = [140 + node // 2 for node in range(22)]
+    slots = np.array([*range(140), *order])
+    segment = Segment(22, slots, 140, tree_mask(parents), positions, positions)
+    in_tree = attend(queries[order], k, v, [segment], 0.1)
+    assert torch.equal(in_tree[20], alone[0])
+    chunk = list(range(100, 160))
+    in_chunk = attend(
+        queries[100:160], k, v, [Segment(60, slice(0, 160), 100, None, chunk, chunk)], 0.1
+    )
+    assert torch.equal(in_chunk[50], alone[0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_the_decoder(name, tmp_path):
+    """All families: embedding to logits in one call, as the decoder computes it part by part."""
+    save_random(CASES[name], tmp_path)
+    decoder = load_decoder(tmp_path)
+    runner = Runner(decoder, 400)
+    assert runner.is_native
+    sequences = random_sequences()
+    with torch.inference_mode():
+        expected = flat_logits(decoder, sequences)
+    spans, start = [], 0
+    for tokens in sequences:
+        length = len(tokens)
+        pages = Pages(range(start, start + length), 1)
+        spans.append(Span(tokens.tolist(), list(range(length)), pages, 0, 0, None, length))
+        start += length
+    found = runner.run(spans)
+    assert (found - expected).abs().max() <= 2e-5
+    assert runner.run([]).shape == (0, decoder.architecture.vocab_size)
