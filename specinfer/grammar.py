@@ -6,7 +6,8 @@ where the paths part and down again, so that a tree costs about one token per no
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,11 @@ _MOST_BYTES = _CACHE_BYTES // 4
 _MOST_CHARACTERS = 1 << 18
 """Of a schema, expression or grammar, or all choices together. How long compiling takes is told by
 nothing so simple: 700 choices of 245,000 characters take 15 s and 0.3 GB, most texts far less."""
+
+
+_TOKEN_BUDGET = re.compile(r"^\w+\[[^\]]*max_tokens=", re.MULTILINE)
+"""At the head of a rule. Once such a budget was overrun, as it is on half a character, xgrammar's
+masks depend on the paths asked before; characters are counted and given back as they should be."""
 
 
 class GrammarCompiler:
@@ -81,9 +87,15 @@ class GrammarCompiler:
                 raise
             reason = str(error).strip().splitlines()[0].rpartition("] ")[2]
             reason = reason.partition(": ")[2] if ".cc:" in reason.partition(": ")[0] else reason
+            reason = reason.rpartition(" is false: ")[2]
             raise RequestError(
                 f"structured_outputs.{asked.kind} cannot be compiled: {reason.rstrip('. ')}"
             ) from None
+        if _TOKEN_BUDGET.search(str(grammar.grammar)):
+            raise RequestError(
+                f"structured_outputs.{asked.kind} has max_tokens, which cannot be kept along every "
+                "path of a tree: leave it out, or give max_chars"
+            )
         if (size := grammar.memory_size_bytes) > _MOST_BYTES:
             raise RequestError(
                 f"structured_outputs.{asked.kind} is a grammar of {size} bytes and {_MOST_BYTES} "
@@ -109,6 +121,8 @@ class GrammarCompiler:
             return compiler.compile_grammar(text)
         if asked.grammar is not None:
             return (compiler.compile_grammar if "::=" in text else compiler.compile_lark)(text)
+        if asked.structural_tag is not None:
+            return compiler.compile_structural_tag(text)
         return compiler.compile_json_schema(
             text,
             any_whitespace=not asked.disable_any_whitespace,
@@ -118,12 +132,28 @@ class GrammarCompiler:
 
 
 def _text_of(asked: StructuredOutputsParams) -> str:
-    """What is compiled: an expression, a grammar or a JSON schema."""
+    """What is compiled: an expression, a grammar, a JSON schema or a structural tag."""
     if asked.choice is not None:
         return "root ::= " + " | ".join(json.dumps(each) for each in asked.choice)
     if asked.json is not None:
         return json.dumps(asked.schema)
+    if asked.structural_tag is not None:
+        return json.dumps(_bounded(asked.tag))
     return asked.regex or asked.grammar or '{"type": "object"}'
+
+
+def _bounded(tag: Any) -> Any:
+    """A structural tag whose JSON may have as much whitespace as any other."""
+    if isinstance(tag, list | tuple):
+        return [_bounded(each) for each in tag]
+    if not isinstance(tag, Mapping):
+        return tag
+    bounded = {
+        name: inner if name == "json_schema" else _bounded(inner) for name, inner in tag.items()
+    }
+    if tag.get("type") == "json_schema" and tag.get("style", "json") == "json":
+        bounded.setdefault("max_whitespace_cnt", _MAX_WHITESPACE)
+    return bounded
 
 
 class PathMatcher:

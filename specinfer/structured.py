@@ -10,7 +10,7 @@ from typing import Any
 
 from specinfer.errors import ConfigError
 
-_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 _NOT_ENFORCED = (
     *("uniqueItems", "contains", "not", "if", "dependentRequired", "dependentSchemas"),
@@ -27,7 +27,7 @@ MAX_DEPTH = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
-    """What the output must be; exactly one of the first five.
+    """What the output must be; exactly one of the first six.
 
     json                    a JSON schema, as an object or its text; properties come in its order,
                             and none that it does not name
@@ -35,6 +35,10 @@ class StructuredOutputsParams:
     choice                  one of these texts
     grammar                 a grammar in EBNF (GBNF, with a rule `root ::= …`) or Lark's (`start:`)
     json_object             any JSON object
+    structural_tag          xgrammar's, as an object or its text: {"type": "structural_tag",
+                            "format": …}, or vLLM's older {"structures": …, "triggers": …}. Text
+                            that is free up to a trigger, say. Special tokens may come, as the text
+                            they stand for: skip_special_tokens would leave them out
     disable_any_whitespace  JSON on one line, with ", " and ": " as separators; else whitespace may
                             stand between any two of its parts, up to 10 characters
 
@@ -46,6 +50,7 @@ class StructuredOutputsParams:
     choice: Sequence[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: str | Mapping[str, Any] | None = None
     disable_any_whitespace: bool = False
 
     def __post_init__(self) -> None:
@@ -68,10 +73,12 @@ class StructuredOutputsParams:
                 raise _bad(f"json is nested more than {MAX_DEPTH} deep: make it flatter")
             for problem in _problems(self.schema):
                 raise _bad(f"json {problem}")
+        if self.structural_tag is not None:
+            self._check_tag()
 
     @property
     def kind(self) -> str:
-        """Which of the five it is."""
+        """Which of the six it is."""
         return next(name for name in _KINDS if getattr(self, name) not in (None, False))
 
     @property
@@ -80,12 +87,34 @@ class StructuredOutputsParams:
 
         raises  ConfigError if it is a text that is no JSON
         """
-        if not isinstance(self.json, str):
-            return self.json
-        try:
-            return json.loads(self.json)
-        except (ValueError, RecursionError) as error:
-            raise _bad(f"json is no JSON: {error}") from None
+        return _parsed("json", self.json)
+
+    @property
+    def tag(self) -> dict[str, Any]:
+        """`structural_tag` as an object in xgrammar's present spelling.
+
+        raises  ConfigError if it is a text that is no JSON, or has neither spelling
+        """
+        tag = _parsed("structural_tag", self.structural_tag)
+        is_tag = isinstance(tag, Mapping) and tag.get("type", "structural_tag") == "structural_tag"
+        if is_tag and isinstance(tag.get("format"), Mapping):
+            return {"type": "structural_tag", "format": tag["format"]}
+        if is_tag and _are_structures(tag.get("structures")) and _are_texts(tag.get("triggers")):
+            return {"type": "structural_tag", "format": _triggered(tag)}
+        raise _bad(
+            'structural_tag must be {"type": "structural_tag", "format": {…}} or {"structures": '
+            '[{"begin": …, "schema": {…}, "end": …}, …], "triggers": […]}'
+        )
+
+    def _check_tag(self) -> None:
+        tag = self.tag
+        if is_deeper(tag, MAX_DEPTH):
+            raise _bad(f"structural_tag is nested more than {MAX_DEPTH} deep: make it flatter")
+        if self.disable_any_whitespace:
+            raise _bad("structural_tag cannot keep disable_any_whitespace: leave it out")
+        for schema in _schemas_in(tag["format"]):
+            for problem in _problems(schema) if schema is not True else ():
+                raise _bad(f"structural_tag's json_schema {problem}")
 
 
 def read_structured_outputs(options: Any) -> StructuredOutputsParams:
@@ -108,7 +137,7 @@ def read_structured_outputs(options: Any) -> StructuredOutputsParams:
 
 
 def read_response_format(asked: Any) -> StructuredOutputsParams | None:
-    """OpenAI's response_format; None: any text.
+    """OpenAI's response_format, and vLLM's structural tags; None: any text.
 
     A schema is kept whatever its "strict" says.
     raises  ConfigError for what OpenAI's API does not know, or cannot be kept
@@ -118,10 +147,13 @@ def read_response_format(asked: Any) -> StructuredOutputsParams | None:
         return None
     if kind == "json_object":
         return StructuredOutputsParams(json_object=True)
+    if kind == "structural_tag":
+        return StructuredOutputsParams(structural_tag=asked)
     if kind != "json_schema":
         raise ConfigError(
-            f'response_format={asked!r} must be {{"type": "text"}}, {{"type": "json_object"}} or '
-            '{"type": "json_schema", "json_schema": {"name": …, "schema": …}}'
+            f'response_format={asked!r} must be {{"type": "text"}}, {{"type": "json_object"}}, '
+            '{"type": "json_schema", "json_schema": {"name": …, "schema": …}} or '
+            '{"type": "structural_tag", "format": {…}}'
         )
     inner = asked.get("json_schema")
     schema = inner.get("schema") if isinstance(inner, Mapping) else None
@@ -149,6 +181,49 @@ def _bad(problem: str) -> ConfigError:
 def _are_texts(values: Any) -> bool:
     is_list = isinstance(values, Sequence) and not isinstance(values, str)
     return is_list and bool(values) and all(isinstance(each, str) and each for each in values)
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """What may be given as text, as an object."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise _bad(f"{name} is no JSON: {error}") from None
+
+
+def _are_structures(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(each, Mapping) and each.keys() == {"begin", "schema", "end"} for each in values
+    )
+
+
+def _triggered(tag: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's older spelling in the present one."""
+    tags = [
+        {
+            "type": "tag",
+            "begin": each["begin"],
+            "content": {"type": "json_schema", "json_schema": each["schema"]},
+            "end": each["end"],
+        }
+        for each in tag["structures"]
+    ]
+    return {"type": "triggered_tags", "triggers": tag["triggers"], "tags": tags}
+
+
+def _schemas_in(tag: Any) -> Iterator[Any]:
+    """The JSON schemas in a structural tag."""
+    if isinstance(tag, Mapping):
+        for name, inner in tag.items():
+            if name == "json_schema":
+                yield inner
+            else:
+                yield from _schemas_in(inner)
+    elif isinstance(tag, list | tuple):
+        for inner in tag:
+            yield from _schemas_in(inner)
 
 
 def _problems(schema: Any, where: str = "") -> Iterator[str]:

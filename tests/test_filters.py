@@ -33,6 +33,23 @@ SCHEMA = {
     },
     "required": ["name", "age", "mood"],
 }
+CALL = {
+    "type": "tag",
+    "begin": "<call>",
+    "content": {"type": "json_schema", "json_schema": SCHEMA},
+    "end": "</call>",
+}
+TAG = {
+    "format": {
+        "type": "sequence",
+        "elements": [
+            {"type": "regex", "pattern": "[A-Za-z ,]{20,30}"},
+            {"type": "triggered_tags", "triggers": ["<"], "tags": [CALL], "at_least_one": True},
+        ],
+    }
+}
+"""A few words, a call that is forced, then text that is free until another begins."""
+
 ASKED: dict[str, dict[str, Any]] = {
     "presence": {"presence_penalty": 1.5},
     "frequency": {"frequency_penalty": 2.0, "max_tokens": 40, "ignore_eos": True},
@@ -49,6 +66,7 @@ ASKED: dict[str, dict[str, Any]] = {
         "min_tokens": 40,
     },
     "choice": {"structured_outputs": {"choice": ["yes, of course", "no, never", "perhaps"]}},
+    "structural tag": {"structured_outputs": {"structural_tag": TAG}, "max_tokens": 60},
     "json object": {"response_format": {"type": "json_object"}},
     "everything": {
         "presence_penalty": 0.4,
@@ -150,6 +168,24 @@ def test_json_is_valid_however_it_is_drafted(pair: Pair, temperature: float) -> 
                 assert value["mood"] in ("happy", "sad", "so-so")
                 assert each.finish_reason == "stop"
                 assert each.stop_reason is None
+
+
+def test_text_is_free_until_a_trigger_comes(pair: Pair) -> None:
+    """The model writes no trigger by itself: what it says is what it says without a tag."""
+    free = {"type": "triggered_tags", "triggers": ["<call>"], "tags": [CALL]}
+    asked = replace(GREEDY, structured_outputs={"structural_tag": {"format": free}})
+    for llm in (pair.llm("off"), pair.llm("calibrated")):
+        held, alone = (llm.generate(pair.prompts[:3], each) for each in (asked, GREEDY))
+        assert [each.outputs[0].token_ids for each in held] == [
+            each.outputs[0].token_ids for each in alone
+        ]
+    params = replace(SEEDED, structured_outputs={"structural_tag": TAG}, max_tokens=150)
+    for output in pair.llm("2,2").generate(pair.prompts[:3], params):
+        begun, _, call = output.outputs[0].text.partition("<call>")
+        assert 20 <= len(begun) <= 30
+        value, _, rest = call.partition("</call>")
+        assert json.loads(value)["mood"] in ("happy", "sad", "so-so")
+        assert rest
 
 
 def test_an_end_that_is_forced_ends_the_text_whatever_else_is_asked(pair: Pair) -> None:

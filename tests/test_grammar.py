@@ -24,6 +24,29 @@ PIECES = [bytes([32 + token]) for token in range(95)] + [b"", b"", b"ab", b'": '
 AB, COLON = 97, 98
 
 
+SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+TAG = {
+    "type": "structural_tag",
+    "format": {
+        "type": "triggered_tags",
+        "triggers": ["<f"],
+        "tags": [
+            {
+                "type": "tag",
+                "begin": "<f>",
+                "content": {"type": "json_schema", "json_schema": SCHEMA},
+                "end": "</f>",
+            }
+        ],
+    },
+}
+OLDER = {
+    "type": "structural_tag",
+    "structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}],
+    "triggers": ["<f"],
+}
+
+
 def encode(text: str) -> list[int]:
     """The longest tokens first."""
     tokens = []
@@ -83,15 +106,48 @@ def test_masks_are_those_of_the_language(compiler: GrammarCompiler) -> None:
     assert len(texts) > 20
 
 
-def test_paths_may_be_asked_in_any_order(compiler: GrammarCompiler) -> None:
-    schema = {"type": "object", "properties": {"a": {"enum": ["x", "yz"]}}, "required": ["a"]}
-    asked = {"json": schema, "disable_any_whitespace": True}
-    text = encode('{"a": "yz"}')
+SHORT = {"type": "any_text", "max_tokens": 9}
+BUDGET = {
+    "type": "sequence",
+    "elements": [
+        {"type": "any_text", "max_chars": 4},
+        {"type": "token", "token": AB},
+        {"type": "any_tokens", "exclude_tokens": [COLON]},
+        {"type": "const_string", "value": "."},
+    ],
+}
+"""Counts characters, which have to be given back as well."""
+
+
+@pytest.mark.parametrize(
+    ("asked", "written", "num_astray"),
+    [
+        (
+            {
+                "json": {
+                    "type": "object",
+                    "properties": {"a": {"enum": ["x", "yz"]}},
+                    "required": ["a"],
+                },
+                "disable_any_whitespace": True,
+            },
+            '{"a": "yz"}',
+            10,
+        ),
+        ({"structural_tag": TAG}, 'so <f>{"x": 1}</f>, and <f>{"x"', 10),
+        ({"structural_tag": {"format": BUDGET}}, "xyzabqqqq.", 0),
+    ],
+    ids=["json", "tag", "budget"],
+)
+def test_paths_may_be_asked_in_any_order(
+    compiler: GrammarCompiler, asked: Any, written: str, num_astray: int
+) -> None:
+    text = encode(written)
     paths = [tuple(text[:n]) for n in range(len(text) + 1)]
     paths += [(*path, 33) for path in paths]  # astray, every one
     paths += [(*paths[8], END), (*paths[3], AB, AB)]
     fresh = [matcher(compiler, **asked).allowed(path) for path in paths]
-    assert sum(bits is None for bits in fresh) > 10
+    assert sum(bits is None for bits in fresh) > num_astray
     rng = np.random.default_rng(0)
     for _ in range(5):
         own, committed = matcher(compiler, **asked), int(rng.integers(4))
@@ -165,6 +221,9 @@ def test_special_tokens_are_no_text(compiler: GrammarCompiler) -> None:
         ({"json": '{"type": "array", "items": {"type": "boolean"}}'}, "[true, false]", "[true"),
         ({"json_object": True}, '{"x": [1, {"y": null}]}', '{"x"'),
         ({"json_object": True}, "{}", "{"),
+        ({"structural_tag": TAG}, 'a <f>{"x": 1}</f> b<', 'a <f>{"x": 1}'),
+        ({"structural_tag": json.dumps(TAG)}, "", "<f>{"),
+        ({"structural_tag": OLDER}, '<f>{"x": 1}</f> or <f>{"x":2}</f>', "<f"),
     ],
 )
 def test_every_way_to_ask(compiler: GrammarCompiler, asked: Any, good: str, bad: str) -> None:
@@ -187,6 +246,9 @@ def test_whitespace_is_bounded(compiler: GrammarCompiler) -> None:
     own = matcher(compiler, **asked, disable_any_whitespace=True)
     assert own._go(tuple(encode('{"a": 1}')))
     assert not own._go(tuple(encode("{ ")))
+    own = matcher(compiler, structural_tag=TAG)
+    assert own._go(tuple(encode("<f>{" + 10 * " " + '"x":1')))
+    assert not own._go(tuple(encode("<f>{" + 11 * " ")))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +259,15 @@ def test_whitespace_is_bounded(compiler: GrammarCompiler) -> None:
         ({"grammar": "what"}, ["structured_outputs.grammar", "expected"]),
         ({"json": {"type": "foo"}}, ["structured_outputs.json", "foo"]),
         ({"json": {"$ref": "#/$defs/x"}}, ["structured_outputs.json", "$defs"]),
+        (
+            {"grammar": "start: x\nx[max_tokens=3]: /.*/"},
+            ["structured_outputs.grammar has max_tok"],
+        ),
+        ({"structural_tag": {"format": SHORT}}, ["structural_tag has max_tokens, which cannot"]),
+        (
+            {"structural_tag": {"format": {"type": "foo"}}},
+            ["structural_tag cannot be compiled: Invalid structural tag", "not recognized: foo"],
+        ),
     ],
 )
 def test_what_cannot_be_compiled_is_one_sentence(

@@ -53,6 +53,9 @@ def refusal(answer: httpx.Response, status: int) -> dict[str, Any]:
 
 TOO_DEEP = (400, "structured_outputs", "nested more than 64 deep")
 NO_JSON = (400, "structured_outputs", "json is no JSON")
+NO_TAG = (400, "structured_outputs", "structural_tag must be {")
+BUDGET = {"type": "structural_tag", "format": {"type": "any_text", "max_tokens": 3}}
+NO_BUDGET = (400, None, "structural_tag has max_tokens")
 ALL_OF = (400, "structured_outputs", "allOf=5")
 
 BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
@@ -83,6 +86,8 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, {"prompt": "x", "repetition_penalty": 1e-40}, 400, "repetition_penalty", "in ["),
     (COMPLETIONS, {"prompt": "x", "target_tpot_s": 1e-300}, 400, "target_tpot_s", "at least"),
     (COMPLETIONS, {"prompt": "x", "structured_outputs": {"json": nested(400)}}, *TOO_DEEP),
+    (COMPLETIONS, {"prompt": "x", "response_format": {"type": "structural_tag"}}, *NO_TAG),
+    (COMPLETIONS, {"prompt": "x", "response_format": BUDGET}, *NO_BUDGET),
     (COMPLETIONS, {"prompt": "x", "guided_json": "[" * 50_000}, *NO_JSON),
     (COMPLETIONS, {"prompt": "x", "guided_json": {"allOf": 5}}, *ALL_OF),
     (COMPLETIONS, {"prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias", "by id"),

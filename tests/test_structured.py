@@ -1,5 +1,6 @@
 """What may be asked of an output, and what is refused instead of silently not kept."""
 
+import json
 from typing import Any
 
 import pytest
@@ -18,6 +19,12 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+OLDER = {"structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}], "triggers": ["<f"]}
+
+
+def tagged(schema: Any) -> dict[str, Any]:
+    """A structural tag of a schema alone."""
+    return {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": schema}}
 
 
 def test_the_ways_to_ask_mean_the_same() -> None:
@@ -34,6 +41,12 @@ def test_the_ways_to_ask_mean_the_same() -> None:
     of_any = SamplingParams(response_format={"type": "json_object"}).structure
     assert of_any == StructuredOutputsParams(json_object=True)
     assert SamplingParams().structure is None
+    tag = StructuredOutputsParams(structural_tag=tagged(SCHEMA))
+    assert SamplingParams(response_format=tagged(SCHEMA)).structure == tag
+    assert StructuredOutputsParams(structural_tag=json.dumps(tagged(SCHEMA))).tag == tag.tag
+    older = {"type": "structural_tag"} | OLDER
+    [call] = SamplingParams(response_format=older).structure.tag["format"]["tags"]  # type: ignore[union-attr]
+    assert (call["begin"], call["end"], call["content"]) == ("<f>", "</f>", tag.tag["format"])
     mixed = SamplingParams(response_format={"type": "text"}, structured_outputs={"regex": "a"})
     assert mixed.structure == StructuredOutputsParams(regex="a")
 
@@ -61,6 +74,13 @@ def test_the_ways_to_ask_mean_the_same() -> None:
         ({"json": nested(950)}, "nested more than 64 deep"),
         ({"json": "[" * 100_000}, "no JSON"),
         ({"json": {"$defs": {"x": {"pattern": "a", "maxLength": 3}}}}, "defs.x has a pattern and"),
+        ({"structural_tag": "{"}, "structural_tag is no JSON"),
+        ({"structural_tag": {"type": "structural_tag"}}, "structural_tag must be {"),
+        ({"structural_tag": OLDER | {"triggers": []}}, "structural_tag must be {"),
+        ({"structural_tag": OLDER | {"structures": [{"begin": "x"}]}}, "structural_tag must be {"),
+        ({"structural_tag": tagged(nested(99))}, "structural_tag is nested more than 64 deep"),
+        ({"structural_tag": tagged({"not": {}})}, "json_schema schema has 'not', which"),
+        ({"structural_tag": tagged({}), "disable_any_whitespace": True}, "cannot keep disable_any"),
         ({"gramar": "x"}, "has no 'gramar': known are json, regex"),
     ],
 )

@@ -7,6 +7,7 @@ from specinfer.errors import RequestError
 from specinfer.grammar import GrammarCompiler, PathMatcher
 from specinfer.history import History, Tokens
 from specinfer.request import SamplingParams
+from specinfer.structured import StructuredOutputsParams
 from specinfer.text.tokenizer import Tokenizer
 
 
@@ -42,18 +43,27 @@ class Constraints:
         raises  RequestError as `history`
         """
         if (asked := params.structure) is not None:
-            self._the_compiler().compile(asked)
+            self._compiler_for(asked).compile(asked)
 
     def _matcher(self, params: SamplingParams) -> PathMatcher | None:
         asked = params.structure
-        return None if asked is None else self._the_compiler().matcher(asked)
+        return None if asked is None else self._compiler_for(asked).matcher(asked)
 
-    def _the_compiler(self) -> GrammarCompiler:
+    def _compiler_for(self, asked: StructuredOutputsParams) -> GrammarCompiler:
         with self._making:
-            return self._compiler
+            return self._compiler if asked.structural_tag is None else self._tag_compiler
 
     @cached_property
     def _compiler(self) -> GrammarCompiler:
+        return self._make_compiler(self._tokenizer.special_token_ids)
+
+    @cached_property
+    def _tag_compiler(self) -> GrammarCompiler:
+        """Structural tags speak of special tokens, and their free text may have any."""
+        return self._make_compiler(frozenset())
+
+    def _make_compiler(self, textless: frozenset[int]) -> GrammarCompiler:
+        """A compiler to which some tokens are no text."""
         pieces, tokenizer = self._tokenizer.pieces, self._tokenizer
         if pieces is None:
             raise RequestError(
@@ -66,9 +76,9 @@ class Constraints:
                 "structured output needs an end token and this model names none: give its "
                 "generation_config.json an eos_token_id"
             )
-        special = tokenizer.special_token_ids
+        textless |= frozenset(ends)
         return GrammarCompiler(
-            [b"" if token in special else pieces[token] for token in range(self._vocab_size)],
+            [b"" if token in textless else pieces[token] for token in range(self._vocab_size)],
             ends,
             lambda text: tokenizer.encode(text, add_special_tokens=False),
         )
