@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
+import openai
 import pytest
 from langchain_openai import ChatOpenAI
 from openai import OpenAI
+from pydantic import BaseModel
 
 from specinfer.async_llm import AsyncLLM
 from specinfer.serve.tools import detect_format
+from specinfer.structured import StructuredOutputsParams
 from tests.serving import MODEL, Scripted, entry, pair, post, service_of, serving
 
 TEMPLATE = (
@@ -229,16 +232,131 @@ def test_calls_with_definitions_of_their_own(
         assert post(url, "/v1/chat/completions", asked | {"tools": tools}).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [({"strict": True}, "'get_weather' is strict"), ({}, "skip_special_tokens cannot be true")],
-)
-def test_what_calls_that_may_come_cannot_keep(url: str, more: Any, words: str) -> None:
-    tool = WEATHER | {"function": WEATHER["function"] | more}
-    body = {"messages": ASK, "tools": [tool], "skip_special_tokens": not more}
-    answer = post(url, "/v1/chat/completions", body)
-    assert answer.status_code == 400
-    assert words in answer.json()["error"]["message"]
+class GetWeather(BaseModel):
+    """The weather."""
+
+    city: Literal["Bern", "Rome"]
+
+
+STRICT = openai.pydantic_function_tool(GetWeather, name="get_weather")
+PERSON = {
+    "type": "object",
+    "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["age"],
+    "additionalProperties": False,
+}
+
+
+def test_a_call_of_a_strict_tool_is_held_to_its_schema(
+    real: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundled model knows no tools: a bias has it begin a call, the rest it can but follow."""
+    monkeypatch.setattr(real.tokenizer, "chat_templates", {"default": TEMPLATE})
+    monkeypatch.setattr(real.tokenizer, "_compiled", {})
+    [brace] = real.tokenizer.encode("{", add_special_tokens=False)
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "messages": ASK,
+        "tools": [STRICT],
+        "temperature": 0,
+        "max_tokens": 60,
+    }
+    begun = asked | {"logit_bias": {str(brace): 100}, "parallel_tool_calls": False}
+    with serving(service_of(real, tool_call_parser="llama3_json")) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        choice = client.chat.completions.parse(**begun).choices[0]
+        assert choice.finish_reason == "tool_calls"
+        [call] = choice.message.tool_calls or []
+        assert isinstance(call.function.parsed_arguments, GetWeather)
+        plain = {"speculation": {"tree": "off"}}
+        for chunks in (
+            client.chat.completions.create(**begun, stream=True),
+            client.chat.completions.create(**begun, stream=True, extra_body=plain),
+        ):
+            deltas = [each for chunk in chunks for each in chunk.choices[0].delta.tool_calls or []]
+            assert deltas[0].function.name == "get_weather"
+            arguments = "".join(each.function.arguments for each in deltas)
+            assert arguments == call.function.arguments
+        free = client.chat.completions.create(**asked).choices[0].message
+        assert free.tool_calls is None
+        loose = WEATHER | {"function": STRICT["function"] | {"strict": False}}
+        same = client.chat.completions.create(**asked | {"tools": [loose]}).choices[0].message
+        assert free.content == same.content
+
+
+@pytest.mark.parametrize("tool", [STRICT, WEATHER], ids=["strict", "loose"])
+def test_an_answer_with_a_schema_or_a_call(
+    real: AsyncLLM, monkeypatch: pytest.MonkeyPatch, tool: Any
+) -> None:
+    """What agents ask that have tools and an output type."""
+    monkeypatch.setattr(real.tokenizer, "chat_templates", {"default": TEMPLATE})
+    monkeypatch.setattr(real.tokenizer, "_compiled", {})
+    shape = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    body = {"messages": ASK, "tools": [tool], "response_format": shape, "temperature": 0}
+    encode = real.tokenizer.encode
+    with serving(service_of(real)) as url:
+        for begin, has_calls in (("{", False), ("<", True)):
+            [token] = encode(begin, add_special_tokens=False)
+            more = {"logit_bias": {token: 20}, "max_tokens": 100, "parallel_tool_calls": False}
+            answer = post(url, "/v1/chat/completions", body | more)
+            assert answer.status_code == 200, answer.text
+            message = answer.json()["choices"][0]["message"]
+            assert ("tool_calls" in message) == has_calls
+            if not has_calls:
+                assert json.loads(message["content"]).keys() == {"age"}
+
+
+def test_what_is_asked_of_strict_tools(url: str, llm: Scripted) -> None:
+    """Only what is strict is held, and an answer's shape goes before tools that are not."""
+    body = {"messages": ASK, "tools": [STRICT, WEATHER]}
+    assert post(url, "/v1/chat/completions", body).status_code == 200
+    structure = llm.asked[-1][1].structure
+    assert structure is not None
+    assert structure.tag["format"]["triggers"] == ["<tool_call>"]
+    for more in (
+        {"tools": [WEATHER]},
+        {"tools": [WEATHER], "response_format": {"type": "text"}},
+        {"tool_choice": "none"},
+    ):
+        assert post(url, "/v1/chat/completions", body | more).status_code == 200
+        assert llm.asked[-1][1].structure is None
+    shape = {"regex": "[a-z]+"}
+    loose = body | {"tools": [WEATHER], "structured_outputs": shape}
+    assert post(url, "/v1/chat/completions", loose).status_code == 200
+    assert llm.asked[-1][1].structure == StructuredOutputsParams(regex="[a-z]+")
+    chosen = {"tools": [WEATHER], "tool_choice": "required", "structured_outputs": shape}
+    for more, words in (
+        ({"structured_outputs": shape}, "'get_weather' is strict, and its calls"),
+        ({"guided_json": PERSON, "structured_outputs": shape}, "give one"),
+        (chosen, "regex and tool_choice exclude each other"),
+        ({"skip_special_tokens": True}, "skip_special_tokens cannot be true"),
+    ):
+        answer = post(url, "/v1/chat/completions", body | more)
+        assert answer.status_code == 400
+        assert words in answer.json()["error"]["message"]
+
+
+def test_structural_tags_by_both_names(url: str, llm: Scripted) -> None:
+    """vLLM's spellings; the older one is read as the newer."""
+    schema = {"type": "json_schema", "json_schema": PERSON}
+    tag = {"type": "tag", "begin": "<p>", "content": schema, "end": "</p>"}
+    newer = {"type": "triggered_tags", "triggers": ["<p"], "tags": [tag]}
+    older = {
+        "type": "structural_tag",
+        "structures": [{"begin": "<p>", "schema": PERSON, "end": "</p>"}],
+        "triggers": ["<p"],
+    }
+    whole = {"type": "structural_tag", "format": newer}
+    for more in (
+        {"response_format": whole},
+        {"response_format": older},
+        {"structured_outputs": {"structural_tag": whole}},
+        {"structured_outputs": {"structural_tag": json.dumps(older)}},
+    ):
+        assert post(url, "/v1/completions", {"prompt": "x"} | more).status_code == 200
+        structure = llm.asked[-1][1].structure
+        assert structure is not None
+        assert structure.tag == whole
 
 
 def test_formats_are_seen_in_templates() -> None:

@@ -24,9 +24,10 @@ async def create_chat_completion(service: Service, body: ChatRequest, request: R
     options = check_stream(body)
     tokenizer = service.llm.tokenizer
     tools = ToolUse.of(body, tokenizer, service.settings.tool_call_parser)
-    params = chat_params(
+    asked = chat_params(
         service.llm.llm, body, include_tree=options.include_tree, **tools.sampling_fields()
     )
+    params = tools.held(asked)
     # Off the event loop: a long prompt takes a while, and others' streams should not.
     text = await asyncio.to_thread(chat_prompt, tokenizer, body, tools.prompt_tools())
     prompt = await service.encode(text, add_special_tokens=body.add_special_tokens is True)

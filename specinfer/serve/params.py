@@ -59,8 +59,6 @@ def chat_params(llm: LLM, body: ChatRequest, **more: Any) -> SamplingParams:
     raises  ConfigError or ApiError for what cannot be
     """
     fields = _common_fields(body)
-    if twice := fields.keys() & more.keys() & {"structured_outputs", "response_format"}:
-        raise ApiError(400, f"{min(twice)} and tool_choice exclude each other: give one")
     if fields.get("skip_special_tokens") and more.get("skip_special_tokens") is False:
         raise ApiError(
             400,

@@ -1,13 +1,16 @@
 """What a request's tools mean: for the chat template, for the law, and for reading the answer."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from specinfer.request import SamplingParams
+from specinfer.serve.callgrammar import ANY_OBJECT, calls_schema, calls_tag, parameters_of
 from specinfer.serve.errors import ApiError
 from specinfer.serve.schema import ChatRequest, NamedTool, Tool
 from specinfer.serve.settings import ToolFormat
 from specinfer.serve.toolcalls import CallFormat, ToolCallReader
+from specinfer.structured import StructuredOutputsParams
 from specinfer.text.tokenizer import Tokenizer
 
 Choice = Literal["none", "auto", "required", "named"]
@@ -75,14 +78,6 @@ class ToolUse:
         kind: Choice = (
             "named" if name is not None else "required" if choice == "required" else "auto"
         )
-        strict = [tool.function.name for tool in body.tools if tool.function.strict]
-        if kind == "auto" and strict:
-            raise ApiError(
-                400,
-                f"the function {strict[0]!r} is strict, and only calls that must come are held to "
-                'their schema: leave strict out, or set tool_choice to "required" or the tool',
-                param="tools",
-            )
         if kind == "auto" and found is None:
             raise ApiError(
                 400,
@@ -96,23 +91,58 @@ class ToolUse:
         """The tools as chat templates know them; without parameters a function takes none."""
         shown = [tool.model_dump(exclude_unset=True) for tool in self.tools]
         for each, tool in zip(shown, self.tools, strict=True):
-            each["function"].setdefault("parameters", _parameters(tool))
+            each["function"].setdefault("parameters", parameters_of(tool))
         return shown or None
 
     def sampling_fields(self) -> dict[str, Any]:
         """What the choice asks of `SamplingParams`.
 
-        A call that must come is held to its schema. Markers of calls are often special tokens,
-        which have to stay in the text to be found.
+        Markers of calls are often special tokens, which have to stay in the text to be found.
         """
-        if self.choice == "named":
-            schema = next(
-                _parameters(tool) for tool in self.tools if tool.function.name == self.name
-            )
-            return {"structured_outputs": {"json": schema}}
-        if self.choice == "required":
-            return {"structured_outputs": {"json": self._calls_schema()}}
         return {"skip_special_tokens": False} if self.choice == "auto" else {}
+
+    def held(self, params: SamplingParams) -> SamplingParams:
+        """The same parameters, with calls held to their schemas.
+
+        A call that must come always is, one that may come where a tool is strict. Where the answer
+        has a schema, either it comes or calls do.
+        raises  ApiError for shapes of the answer that leave no room for calls
+        """
+        asked = params.structure
+        if self.choice == "none":
+            return params
+        if self.choice == "auto":
+            return self._held_if_called(params, asked)
+        if asked is not None:
+            raise ApiError(400, f"{asked.kind} and tool_choice exclude each other: give one")
+        if self.choice == "required":
+            schema = calls_schema(self.tools, is_parallel=self.is_parallel)
+        else:
+            [tool] = [tool for tool in self.tools if tool.function.name == self.name]
+            schema = parameters_of(tool)
+        return _shaped(params, StructuredOutputsParams(json=schema))
+
+    def _held_if_called(
+        self, params: SamplingParams, asked: StructuredOutputsParams | None
+    ) -> SamplingParams:
+        strict = [tool.function.name for tool in self.tools if tool.function.strict]
+        has_schema = asked is not None and asked.kind in ("json", "json_object")
+        if asked is not None and (not has_schema or asked.disable_any_whitespace):
+            if not strict:
+                return params  # and no call can come
+            raise ApiError(
+                400,
+                f"the function {strict[0]!r} is strict, and its calls can come in place of an "
+                "answer with a JSON schema or json_object alone, with any whitespace: leave the "
+                'other shape out, or set tool_choice to "none"',
+                param="structured_outputs",
+            )
+        if asked is None and not strict:
+            return params
+        assert self.format is not None, "`of` refuses tools that may be called in no known format"
+        answer = None if asked is None else ANY_OBJECT if asked.json is None else asked.schema
+        tag = calls_tag(self.format, self.tools, answer, is_parallel=self.is_parallel)
+        return _shaped(params, StructuredOutputsParams(structural_tag=tag))
 
     def reader(self) -> ToolCallReader | None:
         """What finds the calls in one continuation; None: all of it is text or one call's."""
@@ -130,41 +160,6 @@ class ToolUse:
             else f"call_{secrets.token_hex(12)}"
         )
 
-    def _calls_schema(self) -> dict[str, Any]:
-        """A list of calls. Parameters stand where their own references still lead somewhere."""
-        places = [f"parameters_{index}" for index in range(len(self.tools))]
-        calls = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"type": "string", "enum": [tool.function.name]},
-                    "parameters": {"$ref": f"#/$defs/{place}"},
-                },
-                "required": ["name", "parameters"],
-                "additionalProperties": False,
-            }
-            for tool, place in zip(self.tools, places, strict=True)
-        ]
-        defined = {
-            place: _moved(_parameters(tool), f"#/$defs/{place}")
-            for tool, place in zip(self.tools, places, strict=True)
-        }
-        most = {} if self.is_parallel else {"maxItems": 1}
-        items = {"anyOf": calls}
-        return {"type": "array", "minItems": 1, **most, "items": items, "$defs": defined}
 
-
-def _moved(schema: Any, root: str) -> Any:
-    """A schema whose references to itself lead to where it stands now."""
-    if isinstance(schema, list):
-        return [_moved(each, root) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {name: _moved(inner, root) for name, inner in schema.items()}
-    if isinstance(to := schema.get("$ref"), str) and to.startswith("#"):
-        moved["$ref"] = root + to[1:]
-    return moved
-
-
-def _parameters(tool: Tool) -> dict[str, Any]:
-    return tool.function.parameters or {"type": "object", "properties": {}}
+def _shaped(params: SamplingParams, shape: StructuredOutputsParams) -> SamplingParams:
+    return replace(params, structured_outputs=shape, response_format=None)
