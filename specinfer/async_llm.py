@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specinfer.errors import ConfigError, SpecInferError
-from specinfer.llm import LLM, Pending, Prompt
+from specinfer.llm import LLM, Pending, Prompt, not_finite
 from specinfer.request import RequestOutput, SamplingParams
 
 Command = Callable[[], None]
@@ -300,6 +300,9 @@ class AsyncLLM:
                 news.setdefault(stream._loop, []).append((stream, _update(stream, index, now)))
         for loop, updates in news.items():
             _tell(loop, _hand_over, updates)
+        if self.llm.engine.broken:
+            for stream in self._broken_streams():
+                self._fail([stream], not_finite(stream.request_ids[0]))
 
     def _broken_streams(self) -> list[OutputStream]:
         """Streams the failed step ended; all, where it ended none: they must not wait for ever."""

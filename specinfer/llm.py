@@ -18,7 +18,7 @@ from specinfer.draft.calibration import Calibration
 from specinfer.engine.build import build_engine
 from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence as EngineSequence
-from specinfer.errors import ConfigError, RequestError
+from specinfer.errors import ConfigError, ModelError, RequestError
 from specinfer.progress import count_tokens, show_loading, show_measuring
 from specinfer.request import Logprobs, RequestOutput, RequestStats, SamplingParams
 
@@ -201,6 +201,7 @@ class LLM:
             with count_tokens(self._show_progress, num_sequences) as count:
                 while not all(request.is_finished for request in pending):
                     count(self.engine.step())
+                    self._check_ended(pending)
         finally:
             self.abort(pending)  # only where something above raised
         return [request.output() for request in pending]
@@ -254,6 +255,7 @@ class LLM:
         try:
             while not request.is_finished:
                 self.engine.step()
+                self._check_ended([request])
                 yield request
         finally:
             self.abort([request])
@@ -277,6 +279,16 @@ class LLM:
         for request in requests:
             self.engine.abort(request.sequences)
 
+    def _check_ended(self, requests: Sequence[Pending]) -> None:
+        """Look whether the last step ended one of them because its logits are not finite.
+
+        raises  ModelError
+        """
+        broken = set(map(id, self.engine.broken))
+        for request in requests if broken else ():
+            if any(id(sequence) in broken for sequence in request.sequences):
+                raise not_finite(request.request_id)
+
     def _params_per_prompt(
         self, count: int, params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[SamplingParams]:
@@ -289,6 +301,14 @@ class LLM:
                 f"{len(params)} sampling_params for {count} prompts: give one, or one per prompt"
             )
         return list(params)
+
+
+def not_finite(request_id: str) -> ModelError:
+    """What a request is told that has no law."""
+    return ModelError(
+        f"the target's logits for request {request_id} are not finite (NaN or infinity): try "
+        'dtype="float32", and check the weights'
+    )
 
 
 def _copied(values: list[Any] | None) -> list[Any] | None:

@@ -35,6 +35,9 @@ _COLD = 1e-2
 _BLOCK = 256
 """`draw` sums blocks of this many tokens first: a cumulative sum is ten times slower than a sum."""
 
+NO_PICK = -1
+"""Instead of a token where a row's best score is none: NaN, infinite, or no token is left."""
+
 _PLAIN = SamplingParams()
 _ALL = 2**62
 """A top_k or top-p mass that keeps every token."""
@@ -143,9 +146,10 @@ def greedy_picks(logits: Tensor, filters: RowFilters) -> Tensor:
     """The likeliest token of each row once it is edited, the lowest id among equals.
 
     logits   [rows, vocab]; rows that are not greedy are treated as if they were
-    returns  [rows] int64: `target_laws` of greedy rows without writing out their laws
+    returns  [rows] int64: `target_laws` of greedy rows without writing out their laws; `NO_PICK`
+             for a row that is not finite
     """
-    return _argmax(_edited(logits, filters))
+    return _sound_argmax(_edited(logits, filters))
 
 
 def _edited(logits: Tensor, filters: RowFilters) -> Tensor:
@@ -159,6 +163,20 @@ def _argmax(scores: Tensor) -> Tensor:
     if scores.device.type == "cpu":  # ten times faster than torch's
         return torch.from_numpy(scores.detach().numpy().argmax(-1))
     return scores.argmax(-1)
+
+
+def _sound_argmax(scores: Tensor) -> Tensor:
+    """The same, and `NO_PICK` for a row that is not finite.
+
+    cost  one more score per row: to argmax, NaN and infinity are more than any number
+    """
+    picks = _argmax(scores)
+    if scores.device.type == "cpu":  # a third of the time of as many operations of torch
+        rows = scores.detach().numpy()[np.arange(len(picks)), picks.numpy()]
+        if np.isfinite(rows).all():
+            return picks
+    best = scores.gather(-1, picks[:, None])[:, 0]
+    return picks.masked_fill(~best.isfinite(), NO_PICK)
 
 
 def _filtered(scores: Tensor, filters: RowFilters) -> Tensor:
@@ -235,10 +253,11 @@ def seeded_pick(p: Tensor, noise: Tensor) -> Tensor:
 
     p        [..., vocab] float32; need not be normalised
     noise    [..., vocab] float32 of `gumbel_noise`
-    returns  [...] int64; never a token whose probability is 0
+    returns  [...] int64; never a token whose probability is 0; `NO_PICK` where p is NaN
     law      exactly p over the noise; the same token for the same p and noise
     """
-    return (p.log() + noise).argmax(-1)
+    scores = p.log() + noise
+    return _sound_argmax(scores.reshape(-1, scores.shape[-1])).reshape(scores.shape[:-1])
 
 
 class SeededNoise:

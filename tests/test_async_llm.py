@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from specinfer.async_llm import AsyncLLM
-from specinfer.errors import RequestError, SpecInferError
+from specinfer.errors import ModelError, RequestError, SpecInferError
 from specinfer.request import RequestOutput, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -117,6 +118,33 @@ def test_only_what_the_step_ended_is_failed(
         return reasons
 
     assert asyncio.run(run())[-1] == "abort"
+    assert not engine.llm.engine.has_work
+
+
+def test_logits_that_are_not_finite_fail_their_request_alone(
+    engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_target, long = engine.llm.engine.target.run, engine.llm.tokenizer.encode("word " * 30)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+    def run_broken(spans: Any) -> Any:
+        logits, start = run_target(spans).clone(), 0
+        for span in spans:
+            if span.positions[0] + len(span.tokens) >= len(long):
+                logits[start : start + span.num_logits] = float("nan")
+            start += span.num_logits
+        return logits
+
+    async def run() -> list[Any]:
+        asked = [last(engine, text, params) for text in ("Hello", "word " * 30, "Well")]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    whole = asyncio.run(run())
+    monkeypatch.setattr(engine.llm.engine.target, "run", run_broken)
+    first, broken, third = asyncio.run(run())
+    assert isinstance(broken, ModelError)
+    for told, plain in ((first, whole[0]), (third, whole[2])):
+        assert told.outputs[0].token_ids == plain.outputs[0].token_ids
     assert not engine.llm.engine.has_work
 
 

@@ -1,12 +1,14 @@
 """The engine on toy models: every branch can be accepted, and nothing is left behind."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from specinfer.config import PAPER_TREE, EngineConfig, Speculation, VerifierName
 from specinfer.draft.ngram import NgramDrafter
@@ -786,3 +788,81 @@ def test_a_late_sequence_gets_more_of_a_step_than_an_early_one(
                 texts.add(trace.sequence.output.text)
     assert drafted["late"] > drafted["whenever"] > drafted["early"]
     assert len(texts) == 1
+
+
+# --- logits that are not finite -------------------------------------------------------------------
+
+KINDS = [
+    SamplingParams(temperature=0, max_tokens=12),
+    SamplingParams(temperature=0.8, seed=5, max_tokens=12),
+    SamplingParams(temperature=0.8, top_k=9, max_tokens=12),
+    SamplingParams(temperature=0.8, top_p=0.9, max_tokens=12),
+    SamplingParams(temperature=0.8, min_p=0.05, max_tokens=12),
+    SamplingParams(temperature=0, presence_penalty=0.5, max_tokens=12),
+]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("tree", ["off", "2,2,1"])
+def test_a_request_without_a_law_ends_alone(
+    value: float, tree: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows of one request, of each kind, at its second token; -inf as a whole row."""
+    target = toy_decoder(7)
+
+    def outputs(broken: int | None) -> tuple[list[list[int]], list[str]]:
+        drafters = [] if tree == "off" else [model_drafter(toy_decoder(8), 1600)]
+        engine = toy_engine(target, drafters, num_blocks=400, speculation=Speculation(tree=tree))
+        full = free_blocks(engine)
+        sequences = [
+            engine.add(str(number), [1 + number, 2, 3, 4, 5], params)[0]
+            for number, params in enumerate(KINDS)
+        ]
+        run = engine.target.run
+
+        def run_broken(spans: Any) -> Tensor:
+            logits = run(spans).clone()
+            if broken is not None and sequences[broken].num_output == 1:
+                pages, start = sequences[broken].pages, 0
+                for span in spans:
+                    if span.pages is pages:
+                        columns = slice(None) if value < 0 else 3
+                        logits[start : start + span.num_logits, columns] = value
+                    start += span.num_logits
+            return logits
+
+        monkeypatch.setattr(engine.target, "run", run_broken)
+        ended = []
+        while engine.has_work:
+            engine.step()
+            ended += [sequence.request_id for sequence in engine.broken]
+        assert free_blocks(engine) == full
+        return [sequence.output.token_ids for sequence in sequences], ended
+
+    plain, none = outputs(None)
+    assert none == []
+    for broken in range(len(KINDS)):
+        told, ended = outputs(broken)
+        assert ended == [str(broken)]
+        assert told[:broken] + told[broken + 1 :] == plain[:broken] + plain[broken + 1 :]
+        assert told[broken] == plain[broken][:1]
+
+
+def test_what_a_request_without_a_law_computed_is_not_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = toy_engine(toy_decoder(7))
+    prompt = list(range(1, 12))
+    run = engine.target.run
+    monkeypatch.setattr(engine.target, "run", lambda spans: run(spans) * math.nan)
+    engine.add("a", prompt, SamplingParams(temperature=0, max_tokens=4))
+    engine.step()
+    assert [sequence.request_id for sequence in engine.broken] == ["a"]
+    assert not engine.has_work
+    monkeypatch.setattr(engine.target, "run", run)
+    [again] = engine.add("b", prompt, SamplingParams(temperature=0, max_tokens=4))
+    engine.step()
+    assert engine.broken == ()
+    assert again.stats.num_cached_tokens == 0
+    finish(engine)
+    assert len(again.output.token_ids) == 4

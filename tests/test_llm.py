@@ -8,7 +8,7 @@ import pytest
 
 from specinfer.config import Speculation
 from specinfer.draft.calibration import Calibration
-from specinfer.errors import ConfigError, RequestError, SpecInferError
+from specinfer.errors import ConfigError, ModelError, RequestError, SpecInferError
 from specinfer.llm import LLM
 from specinfer.request import SamplingParams
 
@@ -107,6 +107,18 @@ def test_a_failed_step_ends_what_ran_and_nothing_else(
     assert [output.outputs[0].finish_reason for output in stream] == ["abort"]
     assert llm.engine.scheduler._allocator.num_free == free
     assert llm.generate("One day", GREEDY)[0].outputs[0].token_ids == expected
+
+
+def test_logits_that_are_not_finite_are_told(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = llm.engine.target.run
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.target, "run", lambda spans: run(spans) * float("nan"))
+        with pytest.raises(ModelError, match=r"logits for request .* are not finite"):
+            llm.generate(["One day", "I want"], GREEDY)
+        with pytest.raises(ModelError, match="not finite"):
+            list(llm.stream("One day", GREEDY))
+    assert not llm.engine.has_work
+    assert llm.generate("One day", GREEDY)[0].finished
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from specinfer.errors import LawError
 from specinfer.history import Edits
 from specinfer.request import SamplingParams
 from specinfer.sampling import (
+    NO_PICK,
     RowFilters,
     SeededNoise,
     coin,
@@ -182,6 +183,18 @@ def g_statistic(counts: Any, law: Any) -> float:
     assert (counts[expected == 0] == 0).all()
     seen = counts > 0
     return float(2 * (counts[seen] * np.log(counts[seen] / expected[seen])).sum())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_not_finite_have_no_pick(value: float) -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]]).repeat(3, 1)
+    logits[1, 0 if value > 0 or math.isnan(value) else slice(None)] = value
+    greedy = RowFilters.of([(SamplingParams(temperature=0.0), 3)])
+    assert greedy_picks(logits, greedy).tolist() == [1, NO_PICK, 1]
+    drawn = SamplingParams(temperature=0.7, top_k=2, top_p=0.9, min_p=0.01)
+    p = target_laws(logits, RowFilters.of([(drawn, 3)]))
+    assert p.isnan().any(-1).tolist() == p.isnan().all(-1).tolist() == [False, True, False]
+    assert seeded_pick(p, torch.zeros(3, 3)).tolist() == [1, NO_PICK, 1]
 
 
 def test_seeded_picks_follow_the_law() -> None:

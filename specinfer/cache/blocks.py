@@ -183,6 +183,11 @@ class BlockAllocator:
                 self._block_of[text] = block
             pages.contents.append(self._contents[block])
 
+    def forget_kept(self) -> None:
+        """Make blank what is published and nobody's."""
+        if self._kept:
+            self._evict(len(self._kept))
+
     # --- one block --------------------------------------------------------------------------------
 
     def _refer(self, block: int) -> None:

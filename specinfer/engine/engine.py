@@ -6,6 +6,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from specinfer.cache.blocks import BlockAllocator
 from specinfer.config import EngineConfig, Speculation
 from specinfer.draft.base import Drafter
@@ -19,7 +21,7 @@ from specinfer.engine.sequence import Sequence
 from specinfer.engine.speculator import Speculator
 from specinfer.engine.stats import EngineStats
 from specinfer.engine.tracing import StepTime, chances_of, keep_trees
-from specinfer.engine.verification import verify_works
+from specinfer.engine.verification import rows_kept, verify_works
 from specinfer.engine.work import Work
 from specinfer.errors import RequestError
 from specinfer.request import Logprobs, SamplingParams
@@ -84,7 +86,7 @@ class Engine:
         self.scheduler = Scheduler(allocator, config, self.stats)
         self._num_added = 0
         self.broken: ListLike[Sequence] = ()
-        """What the last step ended because it failed; () where it did not."""
+        """What the last step ended because it failed, or because these did; () where none did."""
         self.set_speculation(speculation)
 
     def set_speculation(self, speculation: Speculation) -> None:
@@ -158,17 +160,19 @@ class Engine:
         """Advance every scheduled sequence; returns those that got tokens.
 
         An exception (a failing model, Ctrl-C) ends every running sequence with "abort" and frees
-        its pages; waiting ones stay. They stand in `broken` then.
+        its pages; waiting ones stay. A sequence whose own logits are not finite ends so alone, and
+        nothing is raised. What ended stands in `broken` then.
         """
         self.broken = ()
         try:
             return self._step()
         except BaseException:
             # What was half-done cannot be told any more: what ran ends here, what waits goes on.
-            self.broken = self.scheduler.clear()
-            for sequence in self.broken:
+            ran = self.scheduler.clear()
+            for sequence in ran:
                 sequence.abort()
                 self._forget(sequence)
+            self.broken = [*self.broken, *ran]
             raise
 
     def _step(self) -> list[StepTrace]:
@@ -192,7 +196,12 @@ class Engine:
         with timed("verify"):
             logits = take_prompt_rows(works, logits, self.tokenizer)
             emitting = [work for work in works if work.num_logits]
-            verdicts = verify_works(emitting, logits)
+            found = verify_works(emitting, logits)
+            if None in found:
+                logits = self._end_lawless(emitting, found, logits)
+                works = [work for work in works if not work.job.sequence.is_finished]
+                emitting = [work for work in works if work.num_logits]
+            verdicts = [verdict for verdict in found if verdict is not None]
             logprobs = emitted_logprobs(emitting, verdicts, logits, self.tokenizer)
         chances = chances_of(emitting, verdicts, logits)
         with timed("commit"):
@@ -206,8 +215,22 @@ class Engine:
         if chances:
             names = [drafter.name for drafter in self.speculator.drafters]
             keep_trees(emitting, traces, chances, names, self._step_time(works, before))
-        self.speculator.learn_times(works, verdicts, before)
+        if not self.broken:  # else some of what was computed is not among the works any more
+            self.speculator.learn_times(works, verdicts, before)
         return traces
+
+    def _end_lawless(
+        self, works: ListLike[Work], found: ListLike[Verdict | None], logits: Tensor
+    ) -> Tensor:
+        """End the sequences that have no verdict; returns the others' rows."""
+        kept = [verdict is not None for verdict in found]
+        sequences = [work.job.sequence for work in works]
+        self.broken = [each for each, is_kept in zip(sequences, kept, strict=True) if not is_kept]
+        names = ", ".join(each.request_id for each in self.broken)
+        _log.error("ended: %s: the target's logits are not finite (NaN or infinity)", names)
+        self.abort(self.broken)
+        self.scheduler.forget_unused()
+        return rows_kept(works, kept, logits)
 
     def _check(self, prompt: ListLike[int], params: SamplingParams) -> int:
         if not prompt:

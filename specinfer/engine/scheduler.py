@@ -163,6 +163,11 @@ class Scheduler:
         self._gauge()
         return ran
 
+    def forget_unused(self) -> None:
+        """Forget the texts in the pages that nobody uses: some may have been computed wrongly."""
+        self._allocator.forget_kept()
+        self._gauge()
+
     def _gauge(self) -> None:
         self._stats.num_waiting = len(self.waiting)
         self._stats.num_running = len(self.running)

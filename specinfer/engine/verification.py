@@ -11,7 +11,7 @@ from specinfer.engine.sequence import Sequence
 from specinfer.engine.work import Work
 from specinfer.history import Edits
 from specinfer.ops.transfer import to_host
-from specinfer.sampling import RowFilters, greedy_picks, seeded_pick, target_laws
+from specinfer.sampling import NO_PICK, RowFilters, greedy_picks, seeded_pick, target_laws
 from specinfer.tree import Floats
 from specinfer.verify import Verdict, follow, verify_match, verify_topdown, verify_traversal
 
@@ -24,12 +24,14 @@ _VERIFIERS = {
 }
 
 
-def verify_works(works: ListLike[Work], logits: Tensor) -> list[Verdict]:
+def verify_works(works: ListLike[Work], logits: Tensor) -> list[Verdict | None]:
     """One verdict per sequence; sequences of one kind share their batched operations.
 
-    logits  [rows, vocab], the works' nodes one after the other
+    logits   [rows, vocab], the works' nodes one after the other
+    returns  None for a sequence whose rows give no law, for they are NaN or infinite. Rows of
+             others are not touched by them
     """
-    verdicts: dict[int, Verdict] = {}
+    verdicts: dict[int, Verdict | None] = {}
     rows = np.cumsum([0, *(work.num_logits for work in works)])
     kinds: dict[str, list[int]] = {}
     for index, work in enumerate(works):
@@ -41,6 +43,15 @@ def verify_works(works: ListLike[Work], logits: Tensor) -> list[Verdict]:
             part = torch.cat([logits[rows[index] : rows[index + 1]] for index in members])
         verdicts.update(zip(members, _verify_kind(kind, group, part), strict=True))
     return [verdicts[index] for index in range(len(works))]
+
+
+def rows_kept(works: ListLike[Work], kept: ListLike[bool], logits: Tensor) -> Tensor:
+    """The rows of some sequences.
+
+    logits  [rows, vocab], the works' nodes one after the other
+    """
+    rows = np.repeat(np.array(kept, np.bool_), [work.num_logits for work in works])
+    return logits[torch.from_numpy(rows).to(logits.device)]
 
 
 def laws_of(work: Work, logits: Tensor) -> Tensor:
@@ -55,19 +66,24 @@ def laws_of(work: Work, logits: Tensor) -> Tensor:
     return target_laws(logits, _filters([work], logits.device))
 
 
-def _verify_kind(kind: str, works: ListLike[Work], logits: Tensor) -> list[Verdict]:
+def _verify_kind(kind: str, works: ListLike[Work], logits: Tensor) -> list[Verdict | None]:
     filters = _filters(works, logits.device)
     if kind == "greedy":
         return _follow_all(works, greedy_picks(logits, filters))
     p = target_laws(logits, filters)
     if kind == "seeded":
         return _follow_all(works, seeded_pick(p, _noise(works, p.device)))
-    (laws,), verdicts, start = to_host(p), [], 0
+    (laws,) = to_host(p)
+    has_law = np.isfinite(laws[:, 0])  # a softmax is NaN in all of a row or nowhere
+    verdicts, start = list[Verdict | None](), 0
     for work in works:
         sequence = work.job.sequence
-        verifier = _VERIFIERS[sequence.verifier]
         stop = start + len(work.tree)
-        verdicts.append(verifier(work.tree, laws[start:stop], sequence.rng))
+        verdict = None
+        if has_law[start:stop].all():
+            verifier = _VERIFIERS[sequence.verifier]
+            verdict = verifier(work.tree, laws[start:stop], sequence.rng)
+        verdicts.append(verdict)
         start = stop
     return verdicts
 
@@ -107,10 +123,11 @@ def _noise(works: ListLike[Work], device: torch.device) -> Tensor:
     return noise[torch.tensor(row_of).to(device, non_blocking=True)]
 
 
-def _follow_all(works: ListLike[Work], picks: Tensor) -> list[Verdict]:
-    tokens, verdicts, start = picks.tolist(), [], 0
+def _follow_all(works: ListLike[Work], picks: Tensor) -> list[Verdict | None]:
+    tokens, verdicts, start = picks.tolist(), list[Verdict | None](), 0
     for work in works:
         stop = start + len(work.tree)
-        verdicts.append(follow(work.tree, tokens[start:stop]))
+        verdict = follow(work.tree, tokens[start:stop])
+        verdicts.append(None if verdict.next_token == NO_PICK else verdict)
         start = stop
     return verdicts
