@@ -472,7 +472,7 @@ LUMINANCE = """color => {
 
 def luminance(page: Page, name: str) -> float:
     color = page.evaluate(
-        "name => getComputedStyle(document.documentElement).getPropertyValue(name).trim()", name
+        "name => import('./page/dom.js').then(({themeColor}) => themeColor(name))", name
     )
     return float(page.evaluate(f"({LUMINANCE})('{color}')"))
 
@@ -494,12 +494,25 @@ def test_both_themes_can_be_read(browser: Browser, url: str, scheme: Any) -> Non
 
 
 def test_the_theme_button_changes_the_theme_and_is_remembered(page: Page) -> None:
+    ground = "() => getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(ground)
     assert luminance(page, "--page") > 0.5
     page.click("#theme")
+    dark = page.evaluate(ground)
+    assert light != dark
     assert luminance(page, "--page") < 0.1
     page.reload()
     assert luminance(page, "--page") < 0.1
+    assert page.evaluate(ground) == dark
     assert page.locator("#theme").get_attribute("aria-label") == "Theme: dark"
+    page.emulate_media(color_scheme="dark")
+    page.click("#theme")
+    page.click("#theme")
+    assert page.locator("#theme").get_attribute("aria-label") == "Theme: light"
+    assert page.evaluate(ground) == light
+    page.emulate_media(color_scheme="light")
+    page.click("#theme")
+    assert page.evaluate(ground) == light
 
 
 def test_a_phone_needs_no_sideways_scrolling(browser: Browser, url: str) -> None:

@@ -2,9 +2,9 @@
 
 /* global uPlot */
 
-const HEIGHT = 124;
+import { themeColor as color } from "./dom.js";
 
-const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const HEIGHT = 124;
 
 function axis(options = {}) {
   return {

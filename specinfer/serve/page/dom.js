@@ -24,6 +24,16 @@ function fill(element, attributes, children) {
 
 export const byId = (id) => document.getElementById(id);
 
+/** A colour of the style sheet in the theme that is on: light-dark() is one of two only where it is used. */
+export function themeColor(name) {
+  const probe = h("span");
+  probe.style.color = `var(${name})`;
+  document.body.append(probe);
+  const { color } = getComputedStyle(probe);
+  probe.remove();
+  return color;
+}
+
 /** A probability in as few signs as say something: 0.93, 0.042, 3e-5, "none" where it is unknown. */
 export function chance(value) {
   if (value === null || value === undefined) return "–";

@@ -1,6 +1,6 @@
 // What leaves the page: the tree as SVG and PNG, the chat as JSON.
 
-import { s } from "./dom.js";
+import { s, themeColor } from "./dom.js";
 
 const COPIED = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "font-family", "font-size", "font-weight"];
 const MARGIN = 16;
@@ -20,19 +20,18 @@ export function standalone(svg, [width, height], caption) {
     if (words) element.prepend(s("title", {}, words));
     for (const name of ["class", "tabindex", "role", "data-index", "aria-label"]) element.removeAttribute(name);
   }
-  const page = getComputedStyle(document.documentElement);
   const total = [width + 2 * MARGIN, height + 2 * MARGIN + CAPTION];
   return s(
     "svg",
     { xmlns: "http://www.w3.org/2000/svg", width: total[0], height: total[1], viewBox: `0 0 ${total[0]} ${total[1]}` },
     s("title", {}, caption),
-    s("rect", { width: "100%", height: "100%", fill: page.getPropertyValue("--card").trim() }),
+    s("rect", { width: "100%", height: "100%", fill: themeColor("--card") }),
     s("g", { transform: `translate(${MARGIN} ${MARGIN})` }, ...copy.childNodes),
     s(
       "text",
       {
         ...{ x: MARGIN + 12, y: total[1] - MARGIN, "font-size": 12, "font-family": "system-ui, sans-serif" },
-        fill: page.getPropertyValue("--faint").trim(),
+        fill: themeColor("--faint"),
       },
       caption,
     ),
