@@ -1,4 +1,7 @@
-"""No test reaches for the network unless it is asked for with `-m network`, and none is timed."""
+"""No test reaches for the network unless it is asked for with `-m network`, and none is timed.
+
+What the tests of the server set up alike stands here, imported where a test asks for it.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -40,3 +43,22 @@ def step_times(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(build, "measure_models", told)
         patch.setattr(build, "Controller", Told)  # nor do they learn from the clock
         yield
+
+
+@pytest.fixture(scope="module")
+def parley() -> Iterator[Any]:
+    """The bundled pair behind asyncio, an `AsyncLLM`."""
+    from tests.serving import pair
+
+    llm = pair()
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[Any]:
+    """The official client of the module's server, an `OpenAI`; it asks once."""
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client

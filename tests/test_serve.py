@@ -16,7 +16,7 @@ from specinfer.request import RequestOutput, RequestStats, SamplingParams
 from specinfer.serve.state import Service
 from specinfer.serve.usage import usage_of
 from tests.engines import free_blocks
-from tests.serving import CLIENT, MODEL, pair, post, service_of, serving, until
+from tests.serving import CLIENT, MODEL, post, service_of, serving, until
 
 STORY = [{"role": "user", "content": "Tell me a story."}]
 ASKED: dict[str, Any] = {"model": MODEL, "messages": STORY, "temperature": 0, "max_tokens": 24}
@@ -24,27 +24,14 @@ LONG = {"prompt": "Once upon a time", "max_tokens": 240, "temperature": 0, "igno
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[AsyncLLM]:
-    llm = pair()
-    yield llm
-    llm.close()
-
-
-@pytest.fixture(scope="module")
-def service(llm: AsyncLLM) -> Service:
-    return service_of(llm)
+def service(parley: AsyncLLM) -> Service:
+    return service_of(parley)
 
 
 @pytest.fixture(scope="module")
 def url(service: Service) -> Iterator[str]:
     with serving(service) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def offline(llm: AsyncLLM, prompt: list[int], params: SamplingParams) -> str:
@@ -60,10 +47,10 @@ def offline(llm: AsyncLLM, prompt: list[int], params: SamplingParams) -> str:
 # --- the official client --------------------------------------------------------------------------
 
 
-def test_an_answer_is_the_engine_s(client: OpenAI, llm: AsyncLLM) -> None:
+def test_an_answer_is_the_engine_s(client: OpenAI, parley: AsyncLLM) -> None:
     answer = client.chat.completions.create(**ASKED)
-    prompt = llm.tokenizer.apply_chat_template(STORY)
-    expected = offline(llm, prompt, SamplingParams(temperature=0, max_tokens=24))
+    prompt = parley.tokenizer.apply_chat_template(STORY)
+    expected = offline(parley, prompt, SamplingParams(temperature=0, max_tokens=24))
     [choice] = answer.choices
     assert choice.message.content == expected
     assert (choice.message.role, choice.finish_reason) == ("assistant", "length")
@@ -127,9 +114,9 @@ def test_seeds_may_be_negative(url: str) -> None:
     assert answers[0]["choices"] == answers[1]["choices"]
 
 
-def test_completions_take_every_form_of_prompt(client: OpenAI, llm: AsyncLLM) -> None:
+def test_completions_take_every_form_of_prompt(client: OpenAI, parley: AsyncLLM) -> None:
     texts = ["Once upon a time", "I want to book"]
-    ids = [llm.tokenizer.encode(text) for text in texts]
+    ids = [parley.tokenizer.encode(text) for text in texts]
     prompts: list[Any] = [texts[0], texts, ids[0], ids]
     told = []
     for prompt in prompts:
@@ -229,19 +216,19 @@ def test_models_and_facts(client: OpenAI, url: str) -> None:
     assert CLIENT.get(f"{url}/version").json()["version"].count(".") == 2
 
 
-def test_tokens_and_back(url: str, llm: AsyncLLM) -> None:
+def test_tokens_and_back(url: str, parley: AsyncLLM) -> None:
     told = post(url, "/tokenize", {"prompt": "Hello there", "return_token_strs": True}).json()
-    assert told["tokens"] == llm.tokenizer.encode("Hello there")
+    assert told["tokens"] == parley.tokenizer.encode("Hello there")
     assert told["count"] == len(told["token_strs"]) == 2
     assert post(url, "/detokenize", {"tokens": told["tokens"]}).json() == {"prompt": "Hello there"}
     chat = post(url, "/tokenize", {"messages": STORY}).json()
-    assert chat["tokens"] == llm.tokenizer.apply_chat_template(STORY)
+    assert chat["tokens"] == parley.tokenizer.apply_chat_template(STORY)
 
 
 # --- laws -----------------------------------------------------------------------------------------
 
 
-def test_log_probabilities(client: OpenAI, llm: AsyncLLM) -> None:
+def test_log_probabilities(client: OpenAI, parley: AsyncLLM) -> None:
     asked = ASKED | {"max_tokens": 6, "logprobs": True, "top_logprobs": 3}
     whole = client.chat.completions.create(**asked).choices[0]
     assert whole.logprobs is not None
@@ -272,14 +259,14 @@ def test_log_probabilities(client: OpenAI, llm: AsyncLLM) -> None:
     assert "".join(choice.logprobs.tokens or []) == text
     assert (choice.logprobs.token_logprobs or [])[0] is None
     assert all(each < 0 for each in (choice.logprobs.token_logprobs or [])[1:])
-    assert len(choice.logprobs.tokens or []) == len(llm.tokenizer.encode(text))
+    assert len(choice.logprobs.tokens or []) == len(parley.tokenizer.encode(text))
     assert echoed.usage is not None
     assert echoed.usage.completion_tokens == 0
 
 
-def test_biases_and_penalties_reach_the_law(client: OpenAI, llm: AsyncLLM) -> None:
+def test_biases_and_penalties_reach_the_law(client: OpenAI, parley: AsyncLLM) -> None:
     plain = client.completions.create(model=MODEL, prompt="Once", max_tokens=8, temperature=0)
-    [token] = llm.tokenizer.encode("Hello")
+    [token] = parley.tokenizer.encode("Hello")
     biased = client.completions.create(
         model=MODEL, prompt="Once", max_tokens=4, temperature=0, logit_bias={str(token): 100}
     )
@@ -412,8 +399,8 @@ def test_a_stream_carries_trees_where_asked(url: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_pages(url: str, llm: AsyncLLM, stream: bool) -> None:
-    engine = llm.llm.engine
+def test_a_client_that_leaves_frees_its_pages(url: str, parley: AsyncLLM, stream: bool) -> None:
+    engine = parley.llm.engine
     until(lambda: not engine.has_work)
     full = free_blocks(engine)
     body = LONG | {"stream": stream, "n": 4}

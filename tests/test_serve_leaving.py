@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,17 +10,10 @@ from specinfer.async_llm import AsyncLLM
 from specinfer.request import RequestOutput, SamplingParams
 from specinfer.serve.app import make_app
 from tests.engines import free_blocks
-from tests.serving import Held, pair, service_of, until
+from tests.serving import Held, service_of, until
 
 LONG = {"max_tokens": 240, "temperature": 0, "ignore_eos": True}
 STAYS = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[AsyncLLM]:
-    llm = pair()
-    yield llm
-    llm.close()
 
 
 class Client:
@@ -60,16 +52,16 @@ class Client:
     ],
 )
 def test_the_step_under_way_is_the_last(
-    llm: AsyncLLM, path: str, asked: Any, stream: bool, monkeypatch: pytest.MonkeyPatch
+    parley: AsyncLLM, path: str, asked: Any, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Held within a step, the engine is let go once the server has seen that the client left."""
-    engine, service = llm.llm.engine, service_of(llm)
+    engine, service = parley.llm.engine, service_of(parley)
     full = free_blocks(engine)
-    held = Held(llm, monkeypatch, lambda steps: sum(map(has_left, steps)) == 3)
+    held = Held(parley, monkeypatch, lambda steps: sum(map(has_left, steps)) == 3)
     client = Client(path, LONG | asked | {"stream": stream, "n": 3})
 
     async def stay() -> RequestOutput:
-        outputs = [output async for output in llm.generate("The dog", STAYS, "stays")]
+        outputs = [output async for output in parley.generate("The dog", STAYS, "stays")]
         return outputs[-1]
 
     async def run() -> RequestOutput:
@@ -92,9 +84,9 @@ def test_the_step_under_way_is_the_last(
 
 
 @pytest.mark.parametrize("limit", ["stall_timeout_s", "request_timeout_s"])
-def test_a_client_that_reads_no_more_is_left(llm: AsyncLLM, limit: str) -> None:
-    service = service_of(llm, **{limit: 0.2})
-    full = free_blocks(llm.llm.engine)
+def test_a_client_that_reads_no_more_is_left(parley: AsyncLLM, limit: str) -> None:
+    service = service_of(parley, **{limit: 0.2})
+    full = free_blocks(parley.llm.engine)
     client = Client("/v1/completions", LONG | {"prompt": "Once upon a time", "stream": True})
 
     async def send(message: Any) -> None:
@@ -108,8 +100,8 @@ def test_a_client_that_reads_no_more_is_left(llm: AsyncLLM, limit: str) -> None:
     asyncio.run(run())
     assert client.told == ["http.response.start", *["http.response.body"] * 2]
     assert service.num_taken == 0
-    until(lambda: not llm.llm.engine.has_work)
-    assert free_blocks(llm.llm.engine) == full
+    until(lambda: not parley.llm.engine.has_work)
+    assert free_blocks(parley.llm.engine) == full
 
 
 def has_left(step: set[str]) -> bool:

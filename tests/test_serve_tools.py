@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from specinfer.async_llm import AsyncLLM
 from specinfer.serve.tools import detect_format
 from specinfer.structured import StructuredOutputsParams
-from tests.serving import MODEL, Scripted, entry, pair, post, service_of, serving
+from tests.serving import MODEL, Scripted, entry, post, service_of, serving
 
 TEMPLATE = (
     "{% if tools %}{% for tool in tools %}[{{ tool.function.name }}: "
@@ -41,15 +41,16 @@ CALL = [
 
 
 @pytest.fixture(scope="module")
-def real() -> Iterator[AsyncLLM]:
-    llm = pair()
-    yield llm
-    llm.close()
+def llm(parley: AsyncLLM) -> Scripted:
+    return Scripted(parley, TEMPLATE)
 
 
-@pytest.fixture(scope="module")
-def llm(real: AsyncLLM) -> Scripted:
-    return Scripted(real, TEMPLATE)
+@pytest.fixture
+def real(parley: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> AsyncLLM:
+    """The pair with a template that knows tools, as the model does not."""
+    monkeypatch.setattr(parley.tokenizer, "chat_templates", {"default": TEMPLATE})
+    monkeypatch.setattr(parley.tokenizer, "_compiled", {})
+    return parley
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +65,6 @@ def fresh(llm: Scripted) -> Iterator[None]:
     llm.pieces, llm.logprobs, llm.prompt_logprobs = ("Hello", " there"), None, None
     llm.finish_reason = "stop"
     llm.asked.clear()
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> OpenAI:
-    return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
 # --- tools ----------------------------------------------------------------------------------------
@@ -159,12 +155,8 @@ def test_arguments_that_are_no_json_are_refused(url: str) -> None:
     assert "arguments" in answer.json()["error"]["message"]
 
 
-def test_a_call_that_must_come_is_held_to_its_schema(
-    real: AsyncLLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_call_that_must_come_is_held_to_its_schema(real: AsyncLLM) -> None:
     """The bundled model knows no tools: it calls one because it can say nothing else."""
-    monkeypatch.setattr(real.tokenizer, "chat_templates", {"default": TEMPLATE})
-    monkeypatch.setattr(real.tokenizer, "_compiled", {})
     city = {
         "type": "object",
         "properties": {"city": {"enum": ["Bern", "Rome"]}},
@@ -208,7 +200,6 @@ def test_calls_with_definitions_of_their_own(
     """What pydantic writes: both tools define a City, one of them refers to itself."""
     short = TEMPLATE.replace("{{ tool.function.parameters | tojson }}", "")
     monkeypatch.setattr(real.tokenizer, "chat_templates", {"default": short})
-    monkeypatch.setattr(real.tokenizer, "_compiled", {})
     tools = []
     for name, word in (("visit", "$defs"), ("leave", "definitions")):
         parameters = {
@@ -247,12 +238,8 @@ PERSON = {
 }
 
 
-def test_a_call_of_a_strict_tool_is_held_to_its_schema(
-    real: AsyncLLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_call_of_a_strict_tool_is_held_to_its_schema(real: AsyncLLM) -> None:
     """The bundled model knows no tools: a bias has it begin a call, the rest it can but follow."""
-    monkeypatch.setattr(real.tokenizer, "chat_templates", {"default": TEMPLATE})
-    monkeypatch.setattr(real.tokenizer, "_compiled", {})
     [brace] = real.tokenizer.encode("{", add_special_tokens=False)
     asked: dict[str, Any] = {
         "model": MODEL,
@@ -285,12 +272,8 @@ def test_a_call_of_a_strict_tool_is_held_to_its_schema(
 
 
 @pytest.mark.parametrize("tool", [STRICT, WEATHER], ids=["strict", "loose"])
-def test_an_answer_with_a_schema_or_a_call(
-    real: AsyncLLM, monkeypatch: pytest.MonkeyPatch, tool: Any
-) -> None:
+def test_an_answer_with_a_schema_or_a_call(real: AsyncLLM, tool: Any) -> None:
     """What agents ask that have tools and an output type."""
-    monkeypatch.setattr(real.tokenizer, "chat_templates", {"default": TEMPLATE})
-    monkeypatch.setattr(real.tokenizer, "_compiled", {})
     shape = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
     body = {"messages": ASK, "tools": [tool], "response_format": shape, "temperature": 0}
     encode = real.tokenizer.encode
