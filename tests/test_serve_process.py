@@ -20,7 +20,7 @@ import pytest
 import uvicorn
 
 from specinfer.errors import SpecInferError
-from specinfer.serve.launch import _Server, bind, run_server
+from specinfer.serve.launch import _allow_connections, _Server, bind, run_server
 from specinfer.serve.settings import ServerSettings
 from tests.command_line import refuses, run
 from tests.serving import CLIENT, post, service_of, until
@@ -55,6 +55,20 @@ def started(
 def is_up(port: int) -> bool:
     with socket.socket() as asking:
         return asking.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_it_may_hold_as_many_connections_as_it_is_allowed() -> None:
+    resource = pytest.importorskip("resource")
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = soft - 1 if soft != resource.RLIM_INFINITY else 1024
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+        _allow_connections()
+        now, still = resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert still == hard
+    assert now > few or few >= 1 << 16
 
 
 def test_killed_and_back_while_a_client_retries_then_drained(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
@@ -22,6 +23,8 @@ _log = logging.getLogger("specinfer.serve")
 
 _GRACE_S = 5
 """Seconds that answers have for their last words once the time for draining is over."""
+
+_MOST_FILES = 1 << 16
 
 
 def bind(settings: ServerSettings) -> socket.socket:
@@ -59,9 +62,26 @@ def run_server(service: Service, taken: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=math.ceil(service.settings.drain_seconds) + _GRACE_S,
     )
+    _allow_connections()
     _Server(config, service, taken).run(sockets=[taken])
     if not service.llm.is_alive:
         raise SpecInferError("the engine ended by a failure, which is in the log: start it again")
+
+
+def _allow_connections() -> None:
+    """Let the process hold as many connections as it may: often 1024 where it need not be so few.
+
+    Each waiting request has one. Idle ones count, too: a limit of uvicorn's (limit_concurrency)
+    would refuse others for them, and closing them is a proxy's business.
+    """
+    if sys.platform == "win32":  # it has no such limit
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class _Server(uvicorn.Server):
