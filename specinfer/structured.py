@@ -37,8 +37,8 @@ class StructuredOutputsParams:
     json_object             any JSON object
     structural_tag          xgrammar's, as an object or its text: {"type": "structural_tag",
                             "format": …}, or vLLM's older {"structures": …, "triggers": …}. Text
-                            that is free up to a trigger, say. Special tokens may come, as the text
-                            they stand for: skip_special_tokens would leave them out
+                            that is free up to a trigger, say. Special tokens that end no text may
+                            come, as what they stand for: skip_special_tokens leaves them out
     disable_any_whitespace  JSON on one line, with ", " and ": " as separators; else whitespace may
                             stand between any two of its parts, up to 10 characters
 

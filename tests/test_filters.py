@@ -188,6 +188,17 @@ def test_text_is_free_until_a_trigger_comes(pair: Pair) -> None:
         assert rest
 
 
+def test_structural_tags_may_have_special_tokens(pair: Pair) -> None:
+    """As text or by name; elsewhere they are no text."""
+    parts = [{"type": "token", "token": "<|assistant|>"}, {"type": "regex", "pattern": "[a-z]{3}"}]
+    tag = {"format": {"type": "sequence", "elements": parts}}
+    params = replace(GREEDY, structured_outputs={"structural_tag": tag}, skip_special_tokens=False)
+    (output,) = pair.llm("2,2").generate("Well?", params)
+    assert output.outputs[0].token_ids[0] == 2
+    assert output.outputs[0].text.startswith("<|assistant|>")
+    assert len(output.outputs[0].text.removesuffix("<|endoftext|>")) == len("<|assistant|>abc")
+
+
 def test_an_end_that_is_forced_ends_the_text_whatever_else_is_asked(pair: Pair) -> None:
     choice = {"structured_outputs": {"choice": ["yes"]}}
     llm = pair.llm("2,2")
