@@ -37,8 +37,10 @@ from specinfer.config import Speculation
 from specinfer.engine.stats import HOST_PARTS
 from specinfer.llm import LLM
 from specinfer.models.decoder import Decoder, DecoderLayer
+from specinfer.ops.native import PARTS as NATIVE_PARTS
 from specinfer.request import SamplingParams
 from specinfer.run.batch import Span
+from specinfer.run.native import NativeSteps
 from specinfer.run.runner import Runner
 
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -46,8 +48,8 @@ PREFIX = 128
 """Committed tokens before the tree."""
 
 PARTS = ("linears", "lm_head", "attention", "norms", "rest", "preparation")
-"""Of a step of the model. rest: rotation, activation, residuals, the embedding; preparation:
-flattening spans and making masks."""
+"""Of a step of the model. rest: rotation, activation, storing K and V (without our kernels also
+residuals and the embedding); preparation: flattening spans and making masks."""
 
 _ARRAY_BYTES = 256 << 20
 _STREAM = """
@@ -237,9 +239,22 @@ def parts_timed(runner: Runner) -> Iterator[dict[str, float]]:
             delattr(owner, name)
 
 
+@contextmanager
+def native_parts_timed(steps: NativeSteps) -> Iterator[dict[str, float]]:
+    """The same where our kernels run whole steps and time themselves."""
+    spent: dict[str, float] = {}
+    steps.seconds = np.zeros(len(NATIVE_PARTS))
+    try:
+        yield spent
+    finally:
+        spent |= dict(zip(NATIVE_PARTS, steps.seconds.tolist(), strict=True))
+        steps.seconds = None
+
+
 def part_times(runner: Runner, spans: list[Span], rounds: int) -> dict[str, float]:
     """Milliseconds of each part of a step, the mean of so many steps."""
-    with parts_timed(runner) as spent:
+    steps = runner.native
+    with parts_timed(runner) if steps is None else native_parts_timed(steps) as spent:
         start_s = time.perf_counter()
         for _ in range(rounds):
             runner.run(spans)
@@ -288,13 +303,15 @@ def measure_row(llm: LLM, num_nodes: int, rounds: int, temperature: float) -> Ro
 
 def weight_bytes(decoder: Decoder) -> int:
     """What a step of one token must read: all matrices; of a tied embedding one copy."""
-    head = decoder.embedding.weight if decoder.lm_head is None else decoder.lm_head.weight
-    matrices = [head] + [
-        module.weight
-        for layer in _layers(decoder)
-        for module in (layer.qkv, layer.output, layer.gate_up, layer.down)
-    ]
-    return sum(each.numel() * each.element_size() for each in matrices)
+    a = decoder.architecture
+    q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    layer = a.hidden_size * (2 * q + 2 * kv + 3 * a.intermediate_size)
+    rounded = {"int8": 8, "int4": 4}.get((decoder.quantization or "").partition("-")[0])
+    return (
+        (a.num_layers * layer + a.vocab_size * a.hidden_size)
+        * (rounded or 8 * decoder.dtype.itemsize)
+        // 8
+    )
 
 
 def table(title: str, rows: Sequence[Row], memory_ms: float) -> Table:

@@ -7,7 +7,7 @@ import torch
 from specinfer.cache.blocks import Pages
 from specinfer.models.weights import load_decoder
 from specinfer.ops.attention import Segment, attention_reference
-from specinfer.ops.native import can_attend, kernels
+from specinfer.ops.native import NativeRows, can_attend, kernels
 from specinfer.ops.native.segments import attend
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
@@ -88,13 +88,22 @@ def test_a_node_of_a_tree_is_the_token_of_a_chain_to_the_bit(dtype):
     assert torch.equal(in_chunk[50], alone[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(7, 5), (70, 64)])
+def test_packed_rows_can_be_read(outputs, inputs, dtype):
+    require(dtype)
+    weight = random(outputs, inputs).to(dtype)
+    chosen = torch.tensor([outputs - 1, 0, 3, 3])
+    assert torch.equal(NativeRows(weight).rows(chosen), weight[chosen])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_is_the_decoder(name, tmp_path):
     """All families: embedding to logits in one call, as the decoder computes it part by part."""
     save_random(CASES[name], tmp_path)
     decoder = load_decoder(tmp_path)
     runner = Runner(decoder, 400)
-    assert runner.is_native
+    assert runner.native is not None
     sequences = random_sequences()
     with torch.inference_mode():
         expected = flat_logits(decoder, sequences)

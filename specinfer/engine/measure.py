@@ -295,7 +295,7 @@ def _key(folder: Path, runner: Runner, max_tokens: int) -> list[str]:
         f"device {_device_name(runner.device)}",
         f"dtype {runner.decoder.dtype} quantization {runner.decoder.quantization}",
         f"threads {torch.get_num_threads()}",
-        f"torch {torch.__version__} native kernels {runner.is_native}",
+        f"torch {torch.__version__} native kernels {runner.native is not None}",
         f"shapes {' '.join(f'{n}/{spans}' for n, spans in shapes)}",
     ]
 

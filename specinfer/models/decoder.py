@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from specinfer.models.architecture import Architecture
 from specinfer.models.layers import ACTIVATIONS, Linear, RMSNorm, Rotary, rotate
-from specinfer.ops.packed import PackedWeight
+from specinfer.ops.packed import PackedRows, PackedWeight
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q, k, v) -> [n, heads, head_dim]
@@ -98,7 +98,8 @@ class Decoder(nn.Module):
             )
         self.to(dtype)
         self.tied_head: PackedWeight | None = None
-        """A packed copy of the tied embedding for `logits`; look-ups stay as they are."""
+        """The tied embedding, packed for `logits`."""
+        self._rows: PackedRows | None = None
         if torch.device(device).type != "meta":
             self.to_empty(device=device)
             self._fill(seed)
@@ -109,7 +110,10 @@ class Decoder(nn.Module):
         tokens, positions  [n] int64
         returns            [n, hidden], after the final norm
         """
-        hidden = F.embedding(tokens, self.embedding.weight)
+        if self._rows is not None:
+            hidden = self._rows.rows(tokens)
+        else:
+            hidden = F.embedding(tokens, self.embedding.weight)
         cos, sin = self.rotary(positions, hidden.dtype)
         for layer, module in enumerate(self.layers):
             hidden = module.forward(layer, hidden, cos, sin, attend)
@@ -123,15 +127,25 @@ class Decoder(nn.Module):
             return self.tied_head.multiply(hidden, dtype=torch.float32)
         return F.linear(hidden, self.embedding.weight).float()
 
+    def tie(self, weight: PackedRows) -> None:
+        """Replace the tied embedding by a packed one, for look-ups and logits alike."""
+        del self.embedding.weight
+        self.tied_head = self._rows = weight
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether `tie` was called, so that there is no plain embedding."""
+        return self._rows is not None
+
     @property
     def dtype(self) -> torch.dtype:
         """What hidden states and the attention's q, k, v are."""
-        return self.embedding.weight.dtype
+        return self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self.embedding.weight.device
+        return self.norm.weight.device
 
     @torch.no_grad()
     def _fill(self, seed: int) -> None:

@@ -34,8 +34,8 @@ from specinfer.models.quantization import (
     resolve_quantization,
     stored_shapes,
 )
-from specinfer.ops.linear import can_pack, has_native, pack
-from specinfer.ops.packed import PackedWeight
+from specinfer.ops.linear import can_pack, has_native, pack, pack_rows
+from specinfer.ops.packed import PackedRows, PackedWeight
 from specinfer.ops.quantized import pack_int4, pack_int8
 
 Progress = Callable[[int, int], None]
@@ -206,7 +206,7 @@ class _Loader:
         if self.rounding.asked is not None and self.rounding.asked.head:
             head = QUANTIZATIONS["int8"].quantize(self.decoder.embedding.weight.detach())
             self.decoder.tied_head = pack_int8(*head, fast=self.fast, streamed=self.streamed)
-        elif self.blocked:
+        elif self.blocked and self.decoder.tied_head is None:
             copy = sizes["embedding.weight"]
             if copy <= max(TIED_COPY_SHARE * total, TIED_COPY_BYTES):
                 self.decoder.tied_head = pack(self.decoder.embedding.weight)
@@ -306,9 +306,19 @@ class _Loader:
             module.pack(self._round(scheme, parts))
         elif self.blocked and isinstance(module, Linear) and kind == "weight":
             module.pack(pack(self._stage(parts), streamed=self.streamed))
+        elif (rows := self._shared_rows(name, parts)) is not None:
+            self.decoder.tie(rows)
         else:
             weight = torch.empty(_stacked(parts), dtype=self.dtype, device=self.device)
             setattr(module, kind, nn.Parameter(self._stack(parts, weight), requires_grad=False))
+
+    def _shared_rows(self, name: str, parts: tuple[_Part, ...]) -> PackedRows | None:
+        """A tied embedding in panels where one copy of it serves look-ups and logits alike."""
+        a, asked = self.decoder.architecture, self.rounding.asked
+        is_shared = name == "embedding.weight" and a.tied_embeddings and self.blocked
+        if not is_shared or (asked is not None and asked.head):
+            return None
+        return pack_rows(self._stage(parts))
 
     def _round(self, scheme: Quantization, parts: tuple[_Part, ...]) -> PackedWeight:
         """The parts as one quantised weight, decoded or rounded one at a time."""

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specinfer.ops.native import NativeWeight, kernels
-from specinfer.ops.packed import PackedWeight
+from specinfer.ops.native import NativeRows, NativeWeight, kernels
+from specinfer.ops.packed import PackedRows, PackedWeight
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()
 # Resolved here because a look-up costs microseconds, and absent where torch is built without it.
@@ -102,6 +102,11 @@ def pack(weight: Tensor, *, streamed: bool = False) -> PackedWeight:
     if _is_ours(weight.dtype):
         return NativeWeight.of_floats(weight)
     return BlockedWeight(weight, streamed=streamed)
+
+
+def pack_rows(weight: Tensor) -> PackedRows | None:
+    """The same for an embedding that is its own head; None where only we could and cannot."""
+    return NativeRows(weight.detach()) if _is_ours(weight.dtype) else None
 
 
 def _is_ours(dtype: torch.dtype) -> bool:

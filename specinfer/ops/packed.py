@@ -20,3 +20,11 @@ class PackedWeight(ABC):
         dtype    of what is returned; None: x's
         returns  [n, outputs]
         """
+
+
+class PackedRows(PackedWeight):
+    """A packed weight that can still be read: one copy serves an embedding and its head."""
+
+    @abstractmethod
+    def rows(self, indices: Tensor) -> Tensor:
+        """The weight's rows at indices [n] int64: [n, inputs], exactly."""

@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -58,10 +59,12 @@ class NativeSteps:
             scale=a.scale,
             layers=layers,
             norm=_address(decoder.norm),
-            embedding=decoder.embedding.weight.data_ptr(),
+            embedding=None if decoder.is_tied else decoder.embedding.weight.data_ptr(),
             head=_weight(head),
         )
         self._vocab_size = a.vocab_size
+        self.seconds: npt.NDArray[np.float64] | None = None
+        """Where `ops.native.PARTS` of steps are added up, or None: not measured."""
         self._cos, self._sin = decoder.rotary.table(_FIRST_POSITIONS)
 
     @staticmethod
@@ -110,6 +113,7 @@ class NativeSteps:
             sin=self._sin.data_ptr(),
             plans=ctypes.addressof(plans),
             logits=logits.data_ptr(),
+            seconds=None if self.seconds is None else self.seconds.ctypes.data,
         )
         self._run_step(ctypes.byref(self._model), ctypes.byref(step), torch.get_num_threads())
         return logits

@@ -35,9 +35,9 @@ class Runner:
         )
 
     @property
-    def is_native(self) -> bool:
-        """Whether our own kernels run whole steps."""
-        return isinstance(self._steps, NativeSteps)
+    def native(self) -> NativeSteps | None:
+        """What runs whole steps by our own kernels, where they are."""
+        return self._steps if isinstance(self._steps, NativeSteps) else None
 
     @torch.inference_mode()
     def run(self, spans: Sequence[Span]) -> Tensor:

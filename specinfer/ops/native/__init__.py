@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specinfer.ops.native.build import has_tiles, library
-from specinfer.ops.packed import PackedWeight
+from specinfer.ops.packed import PackedRows, PackedWeight
 
 _FLOAT32, _BFLOAT16, _INT8, _INT4 = range(4)
 _WIDTH = 32
@@ -60,10 +60,12 @@ class Step(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("num_tokens", "num_rows", "num_segments")),
         *((name, c_void_p) for name in ("tokens", "positions", "writes", "rows")),
-        *((name, c_void_p) for name in ("cos", "sin", "plans", "logits")),
+        *((name, c_void_p) for name in ("cos", "sin", "plans", "logits", "seconds")),
     )
 
 
+PARTS = ("linears", "lm_head", "attention", "norms", "rest")
+"""What `Step.seconds` tells apart, in order."""
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
 """By their number in decoder.cpp."""
 _MOST_HEAD_DIM = 512
@@ -149,8 +151,7 @@ class NativeWeight(PackedWeight):
     @classmethod
     def of_floats(cls, weight: Tensor) -> "NativeWeight":
         """From a weight [outputs, inputs] in float32 or bfloat16."""
-        kind = _FLOAT32 if weight.dtype == torch.float32 else _BFLOAT16
-        return cls(kind, weight.shape, _panels(weight))
+        return cls(*_floats(weight))
 
     @classmethod
     def of_int8(cls, values: Tensor, scales: Tensor) -> "NativeWeight":
@@ -207,6 +208,25 @@ class NativeWeight(PackedWeight):
         struct = Weight.from_buffer_copy(self._struct)
         struct.bias = bias.data_ptr()
         return struct
+
+
+class NativeRows(NativeWeight, PackedRows):
+    """A weight of floats in panels, whose rows can be looked up."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """From a weight [outputs, inputs] in float32 or bfloat16."""
+        super().__init__(*_floats(weight))
+        self._dtype = weight.dtype
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """As the base class says."""
+        words = self.panels[indices // _WIDTH, :, indices % _WIDTH]
+        return words.view(self._dtype)[:, : self._inputs]
+
+
+def _floats(weight: Tensor) -> tuple[int, torch.Size, Tensor]:
+    kind = _FLOAT32 if weight.dtype == torch.float32 else _BFLOAT16
+    return kind, weight.shape, _panels(weight)
 
 
 def _panels(weight: Tensor) -> Tensor:

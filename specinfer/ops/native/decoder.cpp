@@ -22,7 +22,7 @@ struct Model {
     int64_t is_bfloat16, num_layers, hidden, heads, kv_heads, head_dim, inner, activation, slots;
     float eps, scale;
     const Layer *layers;
-    const void *norm, *embedding; // [hidden], [vocab][hidden]
+    const void *norm, *embedding; // [hidden]; [vocab][hidden], or null: the head has it
     Weight head;
 };
 
@@ -33,7 +33,11 @@ struct Step {
     const float *cos, *sin;                     // [positions][head_dim / 2]
     const Segment *const *plans;                // per plan [num_segments]
     float *logits;                              // [num_rows][vocab]
+    double *seconds;                            // [PARTS], added to, or null
 };
+
+// What `Step.seconds` tells apart.
+enum Part { LINEARS, HEAD, ATTENTION, NORMS, REST, PARTS };
 
 template <class E>
 INLINE void norm_row(const E *x, const void *weight, size_t size, float eps, E *to) {
@@ -135,6 +139,24 @@ template <class E> struct Buffers {
     }
 };
 
+// Adds the time since it was last asked to a part's; nothing where nobody wants to know.
+class Clock {
+  public:
+    explicit Clock(double *seconds) : seconds_(seconds) {
+        if (seconds_ != nullptr) last_ = omp_get_wtime();
+    }
+
+    void tell(Part part) {
+        if (seconds_ == nullptr) return;
+        double now = omp_get_wtime();
+        seconds_[part] += now - last_;
+        last_ = now;
+    }
+
+  private:
+    double *seconds_, last_ = 0;
+};
+
 template <class E> class Run {
   public:
     Run(const Model &m, const Step &s, Buffers<E> b, std::atomic<int64_t> *next)
@@ -142,58 +164,82 @@ template <class E> class Run {
 
     void run(Member member) const {
         static thread_local Scratch scratch;
-        for (size_t i = member.begin(n); i < member.end(n); i++) {
-            auto row = static_cast<const E *>(m.embedding) + s.tokens[i] * m.hidden;
-            std::copy(row, row + m.hidden, b.hidden + i * m.hidden);
-        }
+        Clock clock{member.index == 0 ? s.seconds : nullptr};
+        for (size_t i = member.begin(n); i < member.end(n); i++)
+            embed(s.tokens[i], b.hidden + i * m.hidden);
         for (int64_t layer = 0; layer < m.num_layers; layer++)
-            run_layer(member, m.layers[layer], next[layer], scratch);
+            run_layer(member, m.layers[layer], next[layer], scratch, clock);
         // The last layer's barrier has passed: only rows that are asked for are normed.
         for (size_t i = member.begin(s.num_rows); i < member.end(s.num_rows); i++)
             norm_row(b.hidden + s.rows[i] * m.hidden, m.norm, m.hidden, m.eps,
                      b.normed + i * b.hidden_stride);
         round(member, m.head, b.normed, b.hidden_stride, s.num_rows);
 #pragma omp barrier
+        clock.tell(NORMS);
         product(member, m.head, b.normed, b.hidden_stride, (const E *)nullptr, s.logits, s.num_rows);
+        clock.tell(HEAD);
     }
 
   private:
+    void embed(size_t token, E *to) const {
+        if (m.embedding != nullptr) {
+            auto row = static_cast<const E *>(m.embedding) + token * m.hidden;
+            std::copy(row, row + m.hidden, to);
+            return;
+        }
+        // The head's panels hold it: word by word, 128 bytes apart.
+        const size_t per = 4 / sizeof(E), words = (m.hidden + per - 1) / per;
+        auto word = reinterpret_cast<const E *>(m.head.panels + token / WIDTH * words * STEP) +
+                    token % WIDTH * per;
+        for (size_t k = 0; k < (size_t)m.hidden; k++)
+            to[k] = word[k / per * (STEP / sizeof(E)) + k % per];
+    }
+
     void run_layer(Member member, const Layer &layer, std::atomic<int64_t> &counter,
-                   Scratch &scratch) const {
+                   Scratch &scratch, Clock &clock) const {
         const size_t dim = m.head_dim, rotated = m.heads + m.kv_heads;
         const size_t wide = (rotated + m.kv_heads) * dim;
         // A row is normed by whom it was embedded by; later layers begin behind a barrier.
         norm(member, layer.attention_norm);
         round(member, layer.qkv, b.normed, b.hidden_stride, n);
 #pragma omp barrier
+        clock.tell(NORMS);
         product(member, layer.qkv, b.normed, b.hidden_stride, (const E *)nullptr, b.qkv, n);
 #pragma omp barrier
+        clock.tell(LINEARS);
         for (size_t i = member.begin(n); i < member.end(n); i++)
             place(layer, i, b.qkv + i * wide, dim, rotated);
 #pragma omp barrier
+        clock.tell(REST);
         auto k = static_cast<const E *>(layer.keys), v = static_cast<const E *>(layer.values);
         attend(Attention<E>{s.plans[layer.plan], (size_t)s.num_segments, (size_t)m.heads,
                             (size_t)m.kv_heads, m.scale, {k, v, m.slots * dim, dim}, b.qkv, wide,
                             b.mixed, b.mixed_stride},
                counter, scratch);
 #pragma omp barrier
+        clock.tell(ATTENTION);
         if (round(member, layer.output, b.mixed, b.mixed_stride, n)) {
 #pragma omp barrier
         }
         product(member, layer.output, b.mixed, b.mixed_stride, b.hidden, b.hidden, n);
 #pragma omp barrier
+        clock.tell(LINEARS);
         norm(member, layer.mlp_norm);
         round(member, layer.gate_up, b.normed, b.hidden_stride, n);
 #pragma omp barrier
+        clock.tell(NORMS);
         product(member, layer.gate_up, b.normed, b.hidden_stride, (const E *)nullptr, b.gate_up, n);
 #pragma omp barrier
+        clock.tell(LINEARS);
         gate(member);
 #pragma omp barrier
+        clock.tell(REST);
         if (round(member, layer.down, b.gated, b.gated_stride, n)) {
 #pragma omp barrier
         }
         product(member, layer.down, b.gated, b.gated_stride, b.hidden, b.hidden, n);
 #pragma omp barrier
+        clock.tell(LINEARS);
     }
 
     void norm(Member member, const void *weight) const {
