@@ -28,7 +28,8 @@ _MARGIN = 1.05
 """Trees are priced above what they must be worth: what they are worth is an estimate."""
 
 _PATIENCE = 8
-"""Steps in a row in which nothing was worth its price; then one in as many is looked at."""
+"""Steps in a row in which nothing was worth its price; then one in as many is looked at, and after
+`_PROBE_EVERY` one in so many."""
 
 _PROBE_EVERY = 64
 _PROBE_DISCOUNT = 0.5
@@ -38,8 +39,9 @@ step of so many: what drafts are worth is only learnt by drafting."""
 _HOST_RATE = 0.1
 """How fast the host's costs follow what is measured."""
 
-_HOST_S = (2e-4, 6e-5, 2e-5, 5e-4)
-"""Seconds of the host at first: per step, sequence, drafted node and round."""
+_HOST_S = (1.5e-4, 4e-5, 1e-5, 1e-4)
+"""Seconds of the host at first: per step, sequence, drafted node and round. What a fast processor
+takes: less is put right by drafting, more might keep a small model from ever drafting."""
 
 _MAX_COMPUTED = 256
 
@@ -115,7 +117,8 @@ class Controller:
         if bucket != self._bucket:
             return False
         num_plain = self._goodput[bucket].num_plain
-        return num_plain > _PATIENCE and num_plain % _PATIENCE != 0
+        every = _PATIENCE if num_plain < _PROBE_EVERY else _PROBE_EVERY
+        return num_plain > _PATIENCE and num_plain % every != 0
 
     def prices(self, num_tokens: int, num_spans: int, stop: int) -> Prices:
         """What this step's nodes and rounds must be worth.
