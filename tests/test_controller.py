@@ -262,6 +262,17 @@ def test_a_resting_engine_looks_again_every_eighth_step(
     assert np.diff(np.flatnonzero(looked)).tolist() == [8] * 7
 
 
+def test_one_that_has_rested_for_long_looks_seldom(resting: tuple[Machine, Controller]) -> None:
+    machine, controller = resting
+    for _ in range(300):
+        machine.step(controller, random.Random(0))
+    looked = []
+    for _ in range(128):
+        looked.append(not controller.rests(4))
+        controller.observe(machine.load(0, 4), decoding_only=True)
+    assert sum(looked) == 2
+
+
 def test_another_batch_size_wakes_it(resting: tuple[Machine, Controller]) -> None:
     machine, controller = resting
     while not controller.rests(4):

@@ -29,7 +29,9 @@ _MARGIN = 1.05
 
 _PATIENCE = 8
 """Steps in a row in which nothing was worth its price; then one in as many is looked at, and after
-`_PROBE_EVERY` one in so many."""
+`_LONG` one in `_PROBE_EVERY`: what is looked at costs a small model several per cent of a step."""
+
+_LONG = 256
 
 _PROBE_EVERY = 64
 _PROBE_DISCOUNT = 0.5
@@ -39,9 +41,8 @@ step of so many: what drafts are worth is only learnt by drafting."""
 _HOST_RATE = 0.1
 """How fast the host's costs follow what is measured."""
 
-_HOST_S = (1.5e-4, 4e-5, 1e-5, 1e-4)
-"""Seconds of the host at first: per step, sequence, drafted node and round. What a fast processor
-takes: less is put right by drafting, more might keep a small model from ever drafting."""
+_HOST_S = (2e-4, 6e-5, 2e-5, 5e-4)
+"""Seconds of the host at first: per step, sequence, drafted node and round."""
 
 _MAX_COMPUTED = 256
 
@@ -117,7 +118,7 @@ class Controller:
         if bucket != self._bucket:
             return False
         num_plain = self._goodput[bucket].num_plain
-        every = _PATIENCE if num_plain < _PROBE_EVERY else _PROBE_EVERY
+        every = _PATIENCE if num_plain < _LONG else _PROBE_EVERY
         return num_plain > _PATIENCE and num_plain % every != 0
 
     def prices(self, num_tokens: int, num_spans: int, stop: int) -> Prices:
