@@ -89,6 +89,17 @@ def test_our_rows_are_the_same_in_any_company(dtype):
         assert torch.equal(packed.multiply(x[rows]), together[rows])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_our_weights_refuse_what_they_would_misread(dtype):
+    """They see addresses alone: other types and lengths would be read as something else."""
+    require(NativeWeight.of_floats, dtype)
+    packed = pack(torch.randn(70, 64).to(dtype))
+    x, b = torch.randn(2, 64).to(dtype), torch.randn(70).to(dtype)
+    for wrong in ((x.half(), None), (x.double(), None), (x[:, 1:], None), (x, b.half())):
+        with pytest.raises(AssertionError):
+            packed.multiply(*wrong)
+
+
 def test_only_measured_types_are_blocked():
     assert not can_pack(torch.float16, CPU)
     assert not can_pack(torch.bfloat16, torch.device("cuda"))

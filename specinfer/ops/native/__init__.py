@@ -19,6 +19,7 @@ _WORD = 4
 """Bytes of a row that one step multiplies."""
 _INT4_STEP = 8
 """Inputs of a step of int4."""
+_KIND_TYPES = {_FLOAT32: torch.float32, _BFLOAT16: torch.bfloat16}
 
 
 class Weight(Structure):
@@ -81,6 +82,8 @@ class Kernels:
         found = features()
         self.bfloat16 = bool(found & 2) and not has_tiles()
         self.int8 = bool(found & 4) and not has_tiles()
+        self.floats = {torch.float32, *([torch.bfloat16] if self.bfloat16 else [])}
+        """What rows may be, and results."""
         self.pack = _function(library, "pack", (c_void_p, *[c_int64] * 3, c_void_p, c_int))
         self.multiply = _function(
             library,
@@ -96,9 +99,7 @@ class Kernels:
 
     def multiplies(self, dtype: torch.dtype) -> bool:
         """Whether there are products of weights of this type."""
-        if dtype == torch.float32:
-            return True
-        return self.bfloat16 if dtype == torch.bfloat16 else dtype == torch.int8 and self.int8
+        return dtype in self.floats or (dtype == torch.int8 and self.int8)
 
 
 def _function(library: ctypes.CDLL, name: str, arguments: tuple[Any, ...]) -> Any:
@@ -119,8 +120,7 @@ def can_attend(dtype: torch.dtype, head_dim: int, num_groups: int) -> bool:
     found = kernels()
     return (
         found is not None
-        and dtype != torch.int8
-        and found.multiplies(dtype)
+        and dtype in found.floats
         and head_dim % 2 == 0
         and head_dim <= _MOST_HEAD_DIM
         and num_groups <= _MOST_GROUPS
@@ -135,7 +135,7 @@ class NativeWeight(PackedWeight):
     ) -> None:
         found = kernels()
         assert found is not None
-        self._multiply = found.multiply
+        self._multiply, self._floats = found.multiply, found.floats
         self._outputs, self._inputs = shape
         self.panels = panels
         self._kept: list[Tensor] = [panels]  # what addresses below belong to
@@ -146,7 +146,6 @@ class NativeWeight(PackedWeight):
             group_size=group_size,
             panels=panels.data_ptr(),
         )
-        self._row_unit = {_FLOAT32: 1, _BFLOAT16: 2}.get(kind, 1)
 
     @classmethod
     def of_floats(cls, weight: Tensor) -> "NativeWeight":
@@ -187,19 +186,32 @@ class NativeWeight(PackedWeight):
     def multiply(
         self, x: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """As the base class says; accumulates in float32, int8 in integers."""
-        rows, dtype = x.shape[0], dtype or x.dtype
-        out = torch.empty(rows, self._outputs, dtype=dtype)
-        if missing := -self._inputs % self._row_unit:
+        """As the base class says; accumulates in float32, int8 in integers.
+
+        A weight of floats takes rows of its own type. A rounded one takes any: those that no kernel
+        reads are made float32, and so are results that none writes.
+        """
+        asked, kind = dtype or x.dtype, self._struct.kind
+        if kind in (_INT8, _INT4) and x.dtype not in self._floats:
+            x, bias = x.float(), None if bias is None else bias.float()
+        # Addresses say nothing of what stands there.
+        assert x.device.type == "cpu"
+        assert x.shape[1] == self._inputs
+        assert x.dtype == _KIND_TYPES.get(kind, x.dtype)
+        assert bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
+        unit = 1 if kind == _INT8 else _WORD // x.element_size()  # rows are read in words
+        if missing := -self._inputs % unit:
             x = F.pad(x, (0, missing))
-        if x.stride(-1) != 1 or x.stride(0) % self._row_unit:
+        if x.stride(-1) != 1 or x.stride(0) % unit:
             x = x.contiguous()
-        struct = self.with_bias(bias)
+        rows, struct = x.shape[0], self.with_bias(bias)
+        made = asked if asked in self._floats else torch.float32
+        out = torch.empty(rows, self._outputs, dtype=made, device=x.device)
         self._multiply(
             *(ctypes.byref(struct), x.data_ptr(), x.stride(0), rows, out.data_ptr()),
-            *(x.dtype == torch.bfloat16, dtype == torch.bfloat16, torch.get_num_threads()),
+            *(x.dtype == torch.bfloat16, made == torch.bfloat16, torch.get_num_threads()),
         )
-        return out
+        return out.to(asked)
 
     def with_bias(self, bias: Tensor | None) -> Weight:
         """The structure, for as long as this weight and the bias live."""
