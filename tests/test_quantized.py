@@ -94,6 +94,17 @@ def test_a_row_is_the_same_bits_in_every_batch(bits, make, dtype):
         assert torch.equal(weight.multiply(x, b, dtype=torch.float32).to(dtype), together)
 
 
+@pytest.mark.parametrize("make", [Int8Weight, pack_int8])
+def test_a_row_that_is_not_finite_stays_so_and_alone(make):
+    """Rounded to bytes, NaN would be a number like any other."""
+    weight, x = make(*quantize_int8(random(40, 70))), random(4, 70)
+    expected = weight.multiply(x)
+    x[1, 3], x[2, 69] = torch.nan, torch.inf
+    y = weight.multiply(x)
+    assert not y[1:3].isfinite().any()
+    assert torch.equal(y[::3], expected[::3])
+
+
 def test_rounded_values_are_the_nearest():
     w = random(40, 96)
     values, scales = quantize_int8(w)

@@ -12,6 +12,8 @@
 // rows it is multiplied with.
 #pragma once
 
+#include <cmath>
+
 #include "common.h"
 
 constexpr size_t LINE = 64, STEP = 2 * LINE, WIDTH = 32;
@@ -280,7 +282,8 @@ template <class E, class O> struct NibbleTile {
 
 // --- activations as bytes -------------------------------------------------------------------------
 
-// Rows rounded to -127 ... 127 by their own largest value, plus 128.
+// Rows rounded to -127 ... 127 by their own largest value, plus 128. A row with a NaN has it for a
+// scale, so that it is not taken for a number.
 struct Rounded {
     uint8_t *values; // [rows][stride(inputs)]
     float *scales;   // [rows]
@@ -293,9 +296,13 @@ template <class E>
 void round_row(const E *x, size_t inputs, uint8_t *values, float *scale) {
     const __m512 sign = _mm512_set1_ps(-0.0f);
     __m512 largest = _mm512_setzero_ps();
-    for (size_t k = 0; k < inputs; k += 16)
-        largest = _mm512_max_ps(largest, _mm512_andnot_ps(sign, load(x + k, lanes(inputs - k))));
-    float most = _mm512_reduce_max_ps(largest);
+    __mmask16 nan = 0;
+    for (size_t k = 0; k < inputs; k += 16) {
+        __m512 v = load(x + k, lanes(inputs - k));
+        largest = _mm512_max_ps(largest, _mm512_andnot_ps(sign, v));
+        nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    }
+    float most = nan ? NAN : _mm512_reduce_max_ps(largest);
     *scale = (most < 1e-30f ? 1e-30f : most) * (1.0f / 127);
     const __m512 inverse = _mm512_set1_ps(1.0f / *scale);
     size_t padded = Rounded::width(inputs);
