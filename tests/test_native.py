@@ -11,7 +11,7 @@ from specinfer.ops.native import NativeRows, can_attend, kernels
 from specinfer.ops.native.segments import attend
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
-from tests.test_decoder import CASES, flat_logits, random_sequences, save_random
+from tests.test_decoder import CASES, flat_logits, random_sequences, save_random, toy_config
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -116,3 +116,61 @@ def test_a_step_is_the_decoder(name, tmp_path):
     found = runner.run(spans)
     assert (found - expected).abs().max() <= 2e-5
     assert runner.run([]).shape == (0, decoder.architecture.vocab_size)
+
+
+def run_chain(runner: Runner, tokens: list[int]) -> torch.Tensor:
+    length = len(tokens)
+    pages = Pages(range(length), 1)
+    return runner.run([Span(tokens, range(length), pages, 0, 0, None, length)])
+
+
+def test_a_step_of_odd_sizes_reads_nothing_beside_them(tmp_path):
+    """In bfloat16 a word is two inputs: where one is left, what stands behind it is not read."""
+    require(torch.bfloat16)
+    tokens = random_sequences()[0].tolist()
+    runners = []
+    for name, sizes in (("odd", (63, 53)), ("even", (96, 96))):
+        sizes = dict(zip(("hidden_size", "intermediate_size"), sizes, strict=True))
+        save_random(
+            toy_config(num_attention_heads=3, num_key_value_heads=1, head_dim=16, **sizes),
+            tmp_path / name,
+        )
+        runners.append(Runner(load_decoder(tmp_path / name, dtype="bfloat16"), 400))
+    odd, even = runners
+    expected = run_chain(odd, tokens)
+    even.decoder.layers[0].attention_norm.weight.data.fill_(torch.nan)
+    assert run_chain(even, tokens).isnan().all()  # leaves nothing else in memory that is kept
+    assert torch.equal(run_chain(odd, tokens), expected)
+    assert expected.isfinite().all()
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
+    save_random(CASES["LlamaForCausalLM"], tmp_path)
+    runner = Runner(load_decoder(tmp_path), 400)
+    for wrong in (61, -1):
+        with pytest.raises(IndexError, match="0 to 60"):
+            run_chain(runner, [1, wrong, 2])
+
+
+def test_a_step_heeds_no_default_type(tmp_path, monkeypatch):
+    """Logits are float32, where a default of two bytes would leave room for half of them."""
+    save_random(CASES["LlamaForCausalLM"], tmp_path)
+    runner = Runner(load_decoder(tmp_path), 400)
+    expected = run_chain(runner, [1, 2, 3])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = run_chain(runner, [1, 2, 3])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+def test_a_step_reads_the_memory_it_was_given(tmp_path):
+    """Also where parameters have moved since: what they left must not be another's by then."""
+    save_random(CASES["LlamaForCausalLM"], tmp_path)
+    runner = Runner(load_decoder(tmp_path), 400)
+    expected = run_chain(runner, [1, 2, 3])
+    runner.decoder.double()
+    others = [torch.full_like(each, torch.nan).float() for each in runner.decoder.parameters()]
+    assert torch.equal(run_chain(runner, [1, 2, 3]), expected)
+    del others

@@ -36,7 +36,9 @@ class NativeSteps:
     def __init__(self, decoder: Decoder, pool: KVPool, kernels: Kernels) -> None:
         a = decoder.architecture
         self._run_step = kernels.step
-        self._decoder, self._pool = decoder, pool  # whose memory the structures point into
+        self._decoder, self._pool = decoder, pool
+        # What the structures point into: parameters may be given other memory.
+        self._kept = [each.detach() for each in decoder.parameters()]
         self._windows = sorted(set(a.windows), key=lambda window: (window is not None, window))
         layers = (Layer * a.num_layers)()
         for index, module in enumerate(decoder.layers):
@@ -84,10 +86,13 @@ class NativeSteps:
         )
 
     def run(self, spans: Sequence[Span]) -> Tensor:
-        """Compute spans as `Runner.run` does."""
+        """Compute spans as `Runner.run` does.
+
+        raises  IndexError for a token that is none of the vocabulary's, with nothing written
+        """
         flat = lay_out(spans)
         num_tokens, num_rows = len(flat.tokens), len(flat.rows)
-        logits = torch.empty(num_rows, self._vocab_size)
+        logits = torch.empty(num_rows, self._vocab_size, dtype=torch.float32, device="cpu")
         if num_tokens == 0:
             return logits
         writes: list[int] = []
@@ -115,7 +120,9 @@ class NativeSteps:
             logits=logits.data_ptr(),
             seconds=None if self.seconds is None else self.seconds.ctypes.data,
         )
-        self._run_step(ctypes.byref(self._model), ctypes.byref(step), torch.get_num_threads())
+        threads = torch.get_num_threads()
+        if not self._run_step(ctypes.byref(self._model), ctypes.byref(step), threads):
+            raise IndexError(f"token ids must be 0 to {self._vocab_size - 1}")
         return logits
 
 

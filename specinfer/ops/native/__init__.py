@@ -96,6 +96,7 @@ class Kernels:
             (c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 4, c_float, c_int, c_int),
         )
         self.step = _function(library, "step", (POINTER(Model), POINTER(Step), c_int))
+        self.step.restype = c_int
 
     def multiplies(self, dtype: torch.dtype) -> bool:
         """Whether there are products of weights of this type."""

@@ -6,7 +6,7 @@
 #pragma once
 
 #include <atomic>
-#include <cfloat>
+#include <cmath>
 
 #include "linear.h"
 

@@ -2,7 +2,9 @@
 // allocation and nothing between the parts but a barrier. What it is made of comes as numbers and
 // addresses from ops/native/__init__.py, whose structures are these, field by field.
 
+#include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include <omp.h>
 
@@ -165,8 +167,11 @@ template <class E> class Run {
     void run(Member member) const {
         static thread_local Scratch scratch;
         Clock clock{member.index == 0 ? s.seconds : nullptr};
-        for (size_t i = member.begin(n); i < member.end(n); i++)
+        for (size_t i = member.begin(n); i < member.end(n); i++) {
             embed(s.tokens[i], b.hidden + i * m.hidden);
+            fill_word(b.normed + i * b.hidden_stride, m.hidden);
+            fill_word(b.gated + i * b.gated_stride, m.inner);
+        }
         for (int64_t layer = 0; layer < m.num_layers; layer++)
             run_layer(member, m.layers[layer], next[layer], scratch, clock);
         // The last layer's barrier has passed: only rows that are asked for are normed.
@@ -193,6 +198,12 @@ template <class E> class Run {
                     token % WIDTH * per;
         for (size_t k = 0; k < (size_t)m.hidden; k++)
             to[k] = word[k / per * (STEP / sizeof(E)) + k % per];
+    }
+
+    // Products read whole words: of what is left of a row's last, zeros times whatever would stand
+    // there may be NaN.
+    static void fill_word(E *row, size_t size) {
+        for (; size % (4 / sizeof(E)) != 0; size++) row[size] = E{};
     }
 
     void run_layer(Member member, const Layer &layer, std::atomic<int64_t> &counter,
@@ -367,11 +378,18 @@ void specinfer_pack(const int32_t *from, int64_t stride, int64_t rows, int64_t w
         }
 }
 
-void specinfer_step(const Model *model, const Step *step, int threads) {
+// Returns whether it was computed: not where a token is none of the vocabulary's.
+int specinfer_step(const Model *model, const Step *step, int threads) {
+    for (int64_t i = 0; i < step->num_tokens; i++)
+        if (step->tokens[i] < 0 || step->tokens[i] >= model->head.outputs) return 0;
 #ifdef __AVX512BF16__
-    if (model->is_bfloat16) return run_step<bfloat16>(*model, *step, threads);
+    if (model->is_bfloat16) {
+        run_step<bfloat16>(*model, *step, threads);
+        return 1;
+    }
 #endif
     run_step<float>(*model, *step, threads);
+    return 1;
 }
 
 // x [rows][stride], elements -> out [rows][outputs] of x's type or float32

@@ -27,9 +27,12 @@ class SegmentTable:
 
     def _row(self, segment: Segment, window: int | None) -> tuple[int, ...]:
         slots, start, mask, first = 0, 0, 0, 0
+        # Addresses say nothing of lengths.
         if isinstance(segment.slots, slice):
             start = segment.slots.start
+            assert segment.slots.stop - start == segment.num_keys
         else:
+            assert len(segment.slots) == segment.num_keys
             slots = self._keep(np.ascontiguousarray(segment.slots, np.int64))
         seen = segment.mask
         if window is not None and max(segment.query_positions) >= window:
@@ -37,10 +40,11 @@ class SegmentTable:
             # Of a chain keys stand at their positions. Of a tree the prefix does, at least.
             first = self._keep(np.maximum(queries - window + 1, 0))
             if seen is not None:
-                near = segment.distances()[:, segment.prefix :] < window
-                seen = seen & near
+                region = np.asarray(segment.region_positions, np.int64)
+                seen = seen & (np.subtract.outer(queries, region) < window)
                 first = self._keep(np.minimum(np.maximum(queries - window + 1, 0), segment.prefix))
         if seen is not None:
+            assert seen.shape == (segment.num_queries, segment.num_keys - segment.prefix)
             mask = self._keep(np.ascontiguousarray(seen, np.bool_))
         return segment.num_queries, segment.num_keys, segment.prefix, slots, start, mask, first
 
