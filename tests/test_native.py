@@ -1,5 +1,7 @@
 """Twin: our kernels for processors are the plain functions, and a node's bits never change."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from specinfer.cache.blocks import Pages
 from specinfer.models.weights import load_decoder
 from specinfer.ops.attention import Segment, attention_reference
-from specinfer.ops.native import NativeRows, can_attend, kernels
+from specinfer.ops.native import NativeRows, build, can_attend, kernels
 from specinfer.ops.native.segments import attend
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
@@ -174,3 +176,48 @@ def test_a_step_reads_the_memory_it_was_given(tmp_path):
     others = [torch.full_like(each, torch.nan).float() for each in runner.decoder.parameters()]
     assert torch.equal(run_chain(runner, [1, 2, 3]), expected)
     del others
+
+
+@pytest.fixture
+def copied(monkeypatch, tmp_path) -> Path:
+    """An empty cache, and a compiler that copies what is compiled already."""
+    ready = Path(build.library()._name)
+    copy = ready.read_bytes()
+    monkeypatch.setattr(build, "_compile", lambda _, target: target.write_bytes(copy))
+    monkeypatch.setenv("SPECINFER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/kernels" / ready.name
+
+
+def load() -> None:
+    compiler, flags = build._installed(), build._processor_flags()
+    assert build._load(compiler, flags).specinfer_features() & 1
+
+
+def test_kernels_that_cannot_be_loaded_are_compiled_anew(copied, caplog):
+    copied.parent.mkdir(parents=True)
+    copied.write_bytes(b"cut short")
+    load()
+    assert "compiled anew" in caplog.text
+    assert copied.stat().st_size > 1000
+
+
+def test_kernels_that_cannot_be_kept_serve_one_process(copied, monkeypatch, caplog):
+    file = copied.parent.parent
+    file.write_text("no folder")
+    load()
+    assert "cannot be kept" in caplog.text
+
+
+def test_nothing_is_loaded_from_where_others_can_write(copied, caplog):
+    copied.parent.mkdir(parents=True)
+    copied.parent.chmod(0o777)
+    copied.write_bytes(b"another's")
+    load()
+    assert "can be written by others" in caplog.text
+    assert copied.read_bytes() == b"another's"
+
+
+def test_a_compiler_may_stand_behind_a_launcher(monkeypatch):
+    monkeypatch.setenv("CXX", "env NOTHING=1 g++")
+    monkeypatch.setattr(build, "_load", lambda compiler, flags: build._version(compiler))
+    assert b"g++" in build.library.__wrapped__()

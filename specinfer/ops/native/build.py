@@ -9,9 +9,13 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
+import tempfile
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,13 +24,18 @@ from specinfer.paths import cache_folder
 _log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
 _NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-_FLAGS = ("-std=c++17", "-O2", "-march=native", "-fopenmp", "-shared", "-fPIC")
+# A sum is a fused multiply-add where the source says so and nowhere else: a compiler that chose
+# would choose differently for one row and for many. Rows of floats are read as words.
+_FLAGS = (
+    *("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-fopenmp", "-shared", "-fPIC"),
+)
 _TIMEOUT_S = 300
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there are none.
+    """The compiled kernels, or None where there are none, or SPECINFER_NATIVE is 0.
 
     cost  some 10 s when first asked for on a machine, then a millisecond
     """
@@ -35,14 +44,14 @@ def library() -> ctypes.CDLL | None:
     flags = _processor_flags()
     if platform.system() != "Linux" or not flags >= _NEEDED:
         return None  # not measured elsewhere
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or _installed()
+    if not compiler:
         _log.warning(
             "no C++ compiler (g++, clang++, or CXX): PyTorch's kernels serve, which are slower"
         )
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler, flags)))
+        return _load(compiler, flags)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _log.warning("PyTorch's kernels serve, for ours could not be had: %s", error)
         return None
@@ -65,31 +74,61 @@ def _processor_flags() -> frozenset[str]:
     return frozenset()
 
 
-def _compiled(compiler: str, flags: frozenset[str]) -> Path:
-    """Where the library is: there already, or from now on."""
-    key = hashlib.sha256(" ".join((*_FLAGS, *sorted(flags))).encode())
+def _installed() -> list[str]:
+    found = shutil.which("g++") or shutil.which("clang++")
+    return [] if found is None else [found]
+
+
+def _load(compiler: Sequence[str], flags: frozenset[str]) -> ctypes.CDLL:
+    """The library as it is kept, or where it cannot be, one for this process alone."""
+    name = _name(compiler, flags)
+    try:
+        return _load_kept(compiler, cache_folder() / "kernels", name)
+    except OSError as error:
+        _log.warning("compiled kernels cannot be kept, so every start waits for them: %s", error)
+    with tempfile.TemporaryDirectory(prefix="specinfer-") as folder:
+        return _load_new(compiler, Path(folder) / name)
+
+
+def _name(compiler: Sequence[str], flags: frozenset[str]) -> str:
+    key = hashlib.sha256(" ".join((*compiler[1:], *_FLAGS, *sorted(flags))).encode())
     key.update(_version(compiler))
     for source in sorted((*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h"))):
         key.update(source.read_bytes())
-    folder = cache_folder() / "kernels"
-    target = folder / f"{key.hexdigest()[:32]}.so"
+    return f"{key.hexdigest()[:32]}.so"
+
+
+def _load_kept(compiler: Sequence[str], folder: Path, name: str) -> ctypes.CDLL:
+    """The library from a folder, compiled into it where it is missing or cannot be loaded."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & stat.S_IWOTH:
+        # What stands there would run as us.
+        raise PermissionError(f"{folder} can be written by others: set SPECINFER_CACHE")
+    target = folder / name
     if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return ctypes.CDLL(str(target))
+        except OSError as error:  # cut short when a machine went down, or made for other libraries
+            _log.warning("kernels are compiled anew: %s", error)
+            target.unlink(missing_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one compiles
-        if not target.exists():
-            _compile(compiler, target)
-    return target
+        return ctypes.CDLL(str(target)) if target.exists() else _load_new(compiler, target)
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _load_new(compiler: Sequence[str], target: Path) -> ctypes.CDLL:
+    _compile(compiler, target)
+    return ctypes.CDLL(str(target))
+
+
+def _compile(compiler: Sequence[str], target: Path) -> None:
     _log.info("compiling kernels for this processor, once")
     start_s = time.monotonic()
     part = target.with_suffix(f".{os.getpid()}.part")
     try:
         subprocess.run(
-            [compiler, *_FLAGS, "-w", str(_FOLDER / "decoder.cpp"), "-o", str(part)],
+            [*compiler, *_FLAGS, "-w", str(_FOLDER / "decoder.cpp"), "-o", str(part)],
             check=True,
             capture_output=True,
             timeout=_TIMEOUT_S,
@@ -98,12 +137,13 @@ def _compile(compiler: str, target: Path) -> None:
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
         said = next((line for line in lines if "error" in line), lines[-1] if lines else "")
-        raise RuntimeError(f"{compiler} failed: {said}") from error
+        raise RuntimeError(f"{shlex.join(compiler)} failed: {said}") from error
     finally:
         part.unlink(missing_ok=True)
     _log.info("kernels compiled in %.0f s", time.monotonic() - start_s)
 
 
-def _version(compiler: str) -> bytes:
-    command = [compiler, "-dumpfullversion", "-dumpversion"]
-    return subprocess.run(command, check=True, capture_output=True, timeout=30).stdout
+def _version(compiler: Sequence[str]) -> bytes:
+    return subprocess.run(
+        [*compiler, "--version"], check=True, capture_output=True, timeout=30
+    ).stdout
