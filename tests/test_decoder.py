@@ -131,8 +131,8 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     sequences = random_sequences()
     expected = padded_logits(model, sequences)
     assert expected.std() > 0.1, "weights too small to see an error"
-    for blocked in (False, True):
-        logits = flat_logits(load_decoder(tmp_path, blocked=blocked), sequences)
+    for packed in (False, True):
+        logits = flat_logits(load_decoder(tmp_path, packed=packed), sequences)
         assert logits.dtype == torch.float32
         assert (logits - expected).abs().max() <= TOLERANCE
     alone = model(sequences[3][None], use_cache=False).logits[0]
@@ -216,7 +216,7 @@ def test_a_new_decoder_has_random_weights_and_gradients():
 
 def test_training_starts_from_plain_weights(tmp_path):
     model = save_random(toy_config(tie_word_embeddings=True), tmp_path)
-    decoder = load_decoder(tmp_path, blocked=False).requires_grad_(True)
+    decoder = load_decoder(tmp_path, packed=False).requires_grad_(True)
     (tokens,) = random_sequences((9,))
     flat_logits(decoder, [tokens]).logsumexp(-1).sum().backward()
     model(tokens[None]).logits.logsumexp(-1).sum().backward()
@@ -233,9 +233,9 @@ def test_no_tokens_are_no_logits():
     assert decoder.logits(hidden).shape == (0, 61)
 
 
-def test_blocked_weights_replace_the_plain_ones(tmp_path):
+def test_packed_weights_replace_the_plain_ones(tmp_path):
     if not can_pack(torch.float32, torch.device("cpu")):
-        pytest.skip("no blocked weights here")
+        pytest.skip("no packed weights here")
     save_random(toy_config(), tmp_path)
     decoder = load_decoder(tmp_path)
     linears = [module for module in decoder.modules() if isinstance(module, Linear)]

@@ -61,7 +61,7 @@ def test_every_family_is_rounded_and_kept(name, scheme, tmp_path):
 def test_fast_and_plain_weights_compute_the_same(tmp_path):
     save_random(CASES["biases"], tmp_path)
     for scheme in (INT8, INT4):
-        fast, plain = (logits(tmp_path, quantization=scheme, blocked=b) for b in (True, False))
+        fast, plain = (logits(tmp_path, quantization=scheme, packed=b) for b in (True, False))
         assert (fast - plain).abs().max() < 1e-4 * plain.abs().max()
 
 

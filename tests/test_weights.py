@@ -81,7 +81,7 @@ def test_every_weight_finds_its_place(tmp_path, sharded, tied):
     )
     if sharded:
         shard(tmp_path)
-    assert_same(load_decoder(tmp_path, blocked=False), decoder)
+    assert_same(load_decoder(tmp_path, packed=False), decoder)
 
 
 def test_blocked_weights_compute_the_same(tmp_path):
@@ -108,7 +108,7 @@ def test_dtype(tmp_path, monkeypatch, stored, said, asked, became):
     decoder = write_checkpoint(tmp_path, dtype=stored)
     config = toy_config() | ({} if said is None else {"dtype": said})
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded = load_decoder(tmp_path, dtype=asked, blocked=False)
+    loaded = load_decoder(tmp_path, dtype=asked, packed=False)
     assert loaded.dtype == became
     assert_same(loaded, decoder)
 
@@ -117,7 +117,7 @@ def test_dtype(tmp_path, monkeypatch, stored, said, asked, became):
 def test_auto_is_float32_where_the_processor_lacks_the_type(tmp_path, monkeypatch, stored):
     decoder = write_checkpoint(tmp_path, dtype=stored, torch_dtype=str(stored))
     monkeypatch.setattr(weights, "has_native", lambda dtype, device: False)
-    loaded = load_decoder(tmp_path, blocked=False)
+    loaded = load_decoder(tmp_path, packed=False)
     assert loaded.dtype == torch.float32
     assert_same(loaded, decoder)
 

@@ -45,7 +45,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 TIED_COPY_SHARE = 0.10
 TIED_COPY_BYTES = 16 << 20
-"""A tied embedding is copied into the blocked layout when the copy is at most this share of all
+"""A tied embedding is copied into a packed layout when the copy is at most this share of all
 weights, or this small whatever the share."""
 
 STREAMED_BYTES = 64 << 20
@@ -94,14 +94,14 @@ def load_decoder(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
-    blocked: bool = True,
+    packed: bool = True,
     quantization: Quantization | None = None,
 ) -> Decoder:
     """Read a Hugging Face folder into a decoder that serves (no gradients).
 
     dtype    "auto": the checkpoint's, but float32 (it loses nothing) where the processor has no
              instructions for it; or a name in `DTYPES`; or a torch dtype
-    blocked  re-order weights for speed where that pays (`ops.linear.can_pack`); False keeps plain
+    packed   re-order weights for speed where that pays (`ops.linear.can_pack`); False keeps plain
              weights, which training needs
     quantization  round the linears while they are read; None: as the checkpoint is
     raises   ModelNotFoundError, UnsupportedModelError, CheckpointError, ConfigError
@@ -120,7 +120,7 @@ def load_decoder(
     checkpoint = Checkpoint(path)
     kind = resolve_dtype(path, dtype, device)
     decoder = Decoder(architecture, dtype=kind, device="meta")
-    _Loader(checkpoint, decoder, kind, device, blocked, rounding, progress).run()
+    _Loader(checkpoint, decoder, kind, device, packed, rounding, progress).run()
     return decoder.eval()
 
 
@@ -170,14 +170,14 @@ class _Loader:
         decoder: Decoder,
         dtype: torch.dtype,
         device: torch.device,
-        blocked: bool,
+        packed: bool,
         rounding: _Rounding,
         progress: Progress | None,
     ) -> None:
         self.checkpoint, self.decoder = checkpoint, decoder
         self.dtype, self.device = dtype, device
-        self.blocked = blocked and can_pack(dtype, device)
-        self.fast = blocked
+        self.packed = packed and can_pack(dtype, device)
+        self.fast = packed
         self.rounding = rounding
         self.progress = progress
         self.staging = torch.empty(0)
@@ -206,7 +206,7 @@ class _Loader:
         if self.rounding.asked is not None and self.rounding.asked.head:
             head = QUANTIZATIONS["int8"].quantize(self.decoder.embedding.weight.detach())
             self.decoder.tied_head = pack_int8(*head, fast=self.fast, streamed=self.streamed)
-        elif self.blocked and self.decoder.tied_head is None:
+        elif self.packed and self.decoder.tied_head is None:
             copy = sizes["embedding.weight"]
             if copy <= max(TIED_COPY_SHARE * total, TIED_COPY_BYTES):
                 self.decoder.tied_head = pack(self.decoder.embedding.weight)
@@ -304,7 +304,7 @@ class _Loader:
         scheme = self._scheme(name, parts)
         if isinstance(module, Linear) and scheme is not None:
             module.pack(self._round(scheme, parts))
-        elif self.blocked and isinstance(module, Linear) and kind == "weight":
+        elif self.packed and isinstance(module, Linear) and kind == "weight":
             module.pack(pack(self._stage(parts), streamed=self.streamed))
         elif (rows := self._shared_rows(name, parts)) is not None:
             self.decoder.tie(rows)
@@ -315,7 +315,7 @@ class _Loader:
     def _shared_rows(self, name: str, parts: tuple[_Part, ...]) -> PackedRows | None:
         """A tied embedding in panels where one copy of it serves look-ups and logits alike."""
         a, asked = self.decoder.architecture, self.rounding.asked
-        is_shared = name == "embedding.weight" and a.tied_embeddings and self.blocked
+        is_shared = name == "embedding.weight" and a.tied_embeddings and self.packed
         if not is_shared or (asked is not None and asked.head):
             return None
         return pack_rows(self._stage(parts))
@@ -350,7 +350,7 @@ class _Loader:
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Room that lives until the next call.
 
-        Kept from weight to weight: a new one each time would leave holes between the blocked
+        Kept from weight to weight: a new one each time would leave holes between the packed
         weights, up to a tenth of the model.
         """
         size = math.prod(shape)
