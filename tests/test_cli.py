@@ -81,6 +81,15 @@ def test_every_built_field_is_a_flag_with_help(monkeypatch: pytest.MonkeyPatch) 
     assert "--speculation " not in text, "a command line has one request: its parts are flags"
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+def test_help_cuts_no_name_off_in_a_narrow_terminal(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    cut = [line for line in run(command, "--help").stdout.splitlines() if "…" in line]
+    assert cut == []
+
+
 def test_flags_become_the_dataclasses() -> None:
     given = {"temperature": 0.5, "stop": ["a", "b"], "tree": "2,1", "engine_seed": 7, "seed": 3}
     asked = Asked.read(given)

@@ -8,12 +8,13 @@ import errno
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from specinfer import __version__
 from specinfer.cli.bench import bench_latency
@@ -28,6 +29,9 @@ from specinfer.cli.tree import tree
 from specinfer.errors import SpecInferError
 from specinfer.loadtest.plan import LoadTest
 from specinfer.serve.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 class _Group(TyperGroup):
@@ -46,6 +50,34 @@ class _Group(TyperGroup):
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+
+
+class _Command(TyperCommand):
+    """Commands whose help has flags' whole names, however narrow the terminal."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from typer import rich_utils
+
+        names = ("highlighter", "negative_highlighter")
+        whole = {name: getattr(rich_utils, name) for name in names}
+        for name, highlight in whole.items():
+            setattr(rich_utils, name, _folding(highlight))
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            for name, highlight in whole.items():
+                setattr(rich_utils, name, highlight)
+
+
+def _folding(highlight: "Callable[[str], Text]") -> "Callable[[str], Text]":
+    """Broken over lines: typer's table ends long words with an ellipsis."""
+
+    def fold(text: str) -> "Text":
+        marked = highlight(text)
+        marked.overflow = "fold"
+        return marked
+
+    return fold
 
 
 app = typer.Typer(
@@ -96,12 +128,12 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     typer.echo(f"warning: {message}", err=True)
 
 
-app.command()(takes_options(generate))
-app.command()(takes_options(chat))
-app.command()(takes_options(tree))
-app.command()(takes_options(serve, settings=ServerSettings, samples=False))
-bench.command("latency")(takes_options(bench_latency))
-bench.command("serve")(takes_settings(bench_serve, LoadTest))
+app.command(cls=_Command)(takes_options(generate))
+app.command(cls=_Command)(takes_options(chat))
+app.command(cls=_Command)(takes_options(tree))
+app.command(cls=_Command)(takes_options(serve, settings=ServerSettings, samples=False))
+bench.command("latency", cls=_Command)(takes_options(bench_latency))
+bench.command("serve", cls=_Command)(takes_settings(bench_serve, LoadTest))
 app.add_typer(bench, name="bench")
-app.command()(models)
-app.command()(quantize)
+app.command(cls=_Command)(models)
+app.command(cls=_Command)(quantize)
