@@ -181,6 +181,20 @@ def test_bodies_that_are_no_json(url: str) -> None:
     refusal(nan, 400)
 
 
+@pytest.mark.parametrize("kind", ["application/json", "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize("body", [b"", b"null", b'"text"', b"[1]"])
+def test_a_body_that_is_no_object_is_told_what_to_be(url: str, kind: str, body: bytes) -> None:
+    answer = CLIENT.post(url + COMPLETIONS, content=body, headers={"content-type": kind})
+    message = "the body must be a JSON object, sent as Content-Type: application/json"
+    assert refusal(answer, 400)["message"] == message
+
+
+def test_a_form_is_told_its_content_type(url: str) -> None:
+    kind = {"content-type": "application/x-www-form-urlencoded"}  # what curl -d sends
+    answer = CLIENT.post(url + COMPLETIONS, content=b'{"prompt": "x"}', headers=kind)
+    assert "Content-Type: application/json" in refusal(answer, 400)["message"]
+
+
 def test_bodies_that_are_too_large(url: str) -> None:
     text = "x" * 200_000
     assert refusal(post(url, COMPLETIONS, {"prompt": text}), 413)["code"] == "request_too_large"

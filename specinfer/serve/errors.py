@@ -91,7 +91,9 @@ def describe_problems(problems: Sequence[Mapping[str, Any]], body: Any) -> ApiEr
     if kind == "extra_forbidden":
         message = f"unknown parameter: {param}"
         return ApiError(400, message, code="unknown_parameter", param=param)
-    message = f"{param or 'the body'}: {problem['msg']}"
+    message = f"{param}: {problem['msg']}"
+    if param is None:
+        message = "the body must be a JSON object, sent as Content-Type: application/json"
     return ApiError(400, message, code="invalid_value", param=param)
 
 
