@@ -1,5 +1,6 @@
 """Progress bars for a terminal: silent, and free, anywhere else."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from specinfer.engine.engine import StepTrace
 from specinfer.engine.measure import Report
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import ProgressColumn
 
 
@@ -47,12 +49,13 @@ def show_measuring(asked: bool | None) -> Iterator[Report | None]:
 
 @contextmanager
 def _bars(verb: str, *columns: "ProgressColumn") -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per model, told as report(model, done, total)."""
+    """A bar per model, told as report(model, done, total), and above them what is logged."""
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True) as bars, _shown_log(console):
 
         def report(model: str, done: int, total: int) -> None:
             if model not in tasks:
@@ -60,6 +63,33 @@ def _bars(verb: str, *columns: "ProgressColumn") -> Iterator[Callable[[str, int,
             bars.update(tasks[model], completed=done, total=total)
 
         yield report
+
+
+@contextmanager
+def _shown_log(console: "Console") -> Iterator[None]:
+    """Print what is logged, such as that kernels are compiled, unless somebody else listens."""
+    logger = logging.getLogger("specinfer")
+    if logger.isEnabledFor(logging.INFO):
+        yield
+        return
+    handler, level = _ConsoleHandler(console), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: "Console") -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Above the bars, as it stands."""
+        self._console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -347,4 +347,4 @@ def _store(key: list[str], times: StepTimes) -> None:
         finally:
             part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        _log.warning("step times cannot be kept and are measured at every start: %r", error)
+        _log.warning("step times cannot be kept and are measured at every start: %s", error)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from specinfer.errors import ConfigError
 from specinfer.paths import cache_folder
 
 _log = logging.getLogger(__name__)
@@ -37,24 +38,31 @@ _TIMEOUT_S = 300
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there are none, or SPECINFER_NATIVE is 0.
 
-    cost  some 10 s when first asked for on a machine, then a millisecond
+    raises  ConfigError where SPECINFER_NATIVE is neither 0 nor 1
+    cost    some 10 s when first asked for on a machine, then a millisecond
     """
-    if os.environ.get("SPECINFER_NATIVE", "1") == "0":
+    asked = os.environ.get("SPECINFER_NATIVE") or "1"
+    if asked not in ("0", "1"):
+        raise ConfigError(f"SPECINFER_NATIVE={asked!r}: use 0 (PyTorch's kernels) or 1 (ours)")
+    if asked == "0":
         return None
     flags = _processor_flags()
     if platform.system() != "Linux" or not flags >= _NEEDED:
         return None  # not measured elsewhere
-    compiler = shlex.split(os.environ.get("CXX", "")) or _installed()
-    if not compiler:
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or _installed()
+        if compiler:
+            return _load(compiler, flags)
         _log.warning(
             "no C++ compiler (g++, clang++, or CXX): PyTorch's kernels serve, which are slower"
         )
-        return None
-    try:
-        return _load(compiler, flags)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        _log.warning("PyTorch's kernels serve, for ours could not be had: %s", error)
-        return None
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        _log.warning(
+            "PyTorch's kernels serve, which are slower, for ours could not be had: %s (CXX names a "
+            "compiler, SPECINFER_CACHE a folder to keep them in)",
+            error,
+        )
+    return None
 
 
 def has_tiles() -> bool:
@@ -123,7 +131,7 @@ def _load_new(compiler: Sequence[str], target: Path) -> ctypes.CDLL:
 
 
 def _compile(compiler: Sequence[str], target: Path) -> None:
-    _log.info("compiling kernels for this processor, once")
+    _log.info("compiling kernels for this processor, once: some ten seconds")
     start_s = time.monotonic()
     part = target.with_suffix(f".{os.getpid()}.part")
     try:
