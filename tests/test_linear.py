@@ -19,7 +19,7 @@ def streamed(weight: torch.Tensor) -> BlockedWeight:
 
 def require(kind, dtype: torch.dtype) -> None:
     ours = kernels()
-    if kind is NativeWeight.of_floats and not (ours and ours.multiplies(dtype)):
+    if kind == NativeWeight.of_floats and not (ours and ours.multiplies(dtype)):
         pytest.skip(f"no kernel of ours for {dtype} here")
     if not can_pack(dtype, CPU):
         pytest.skip(f"no packed {dtype} here")
