@@ -58,10 +58,14 @@ class Segment:
         """Prefix and region together."""
         return self.prefix + len(self.region_positions)
 
+    def is_cut(self, window: int) -> bool:
+        """Whether some key is far enough behind a query to be hidden by a window."""
+        return max(self.query_positions) >= window
+
     def visible(self, window: int | None) -> npt.NDArray[np.bool_] | None:
         """[queries, keys] bool: which keys each query sees; None where it sees them all."""
-        if window is not None and max(self.query_positions) < window:
-            window = None  # no key is far enough behind to be hidden
+        if window is not None and not self.is_cut(window):
+            window = None
         if self.mask is None and self.num_queries == 1 and window is None:
             return None
         region = np.tri(self.num_queries, dtype=np.bool_) if self.mask is None else self.mask
@@ -216,7 +220,7 @@ class AttentionPlan:
         for segment in self._segments:
             rows = slice(start, start + segment.num_queries)
             start = rows.stop
-            hides = window is not None and max(segment.query_positions) >= window
+            hides = window is not None and segment.is_cut(window)
             causal = (
                 segment.mask is None
                 and segment.prefix == 0

@@ -105,7 +105,7 @@ def pack(weight: Tensor, *, streamed: bool = False) -> PackedWeight:
 
 
 def pack_rows(weight: Tensor) -> PackedRows | None:
-    """The same for an embedding that is its own head; None where only we could and cannot."""
+    """The same for an embedding that is its own head: only in our panels can rows be read."""
     return NativeRows(weight.detach()) if _is_ours(weight.dtype) else None
 
 

@@ -76,11 +76,10 @@ class NativeSteps:
             mlp_norm=_address(module.mlp_norm),
             q_norm=_address(module.q_norm),
             k_norm=_address(module.k_norm),
-            **{
-                name: _weight(linear.packed, linear)
-                for name in ("qkv", "output", "gate_up", "down")
-                if isinstance(linear := getattr(module, name), Linear)
-            },
+            qkv=_weight(module.qkv.packed, module.qkv.bias),
+            output=_weight(module.output.packed, module.output.bias),
+            gate_up=_weight(module.gate_up.packed, module.gate_up.bias),
+            down=_weight(module.down.packed, module.down.bias),
             keys=pages[0].data_ptr(),
             values=pages[1].data_ptr(),
         )
@@ -140,9 +139,9 @@ def native_steps(decoder: Decoder, pool: KVPool) -> NativeSteps | None:
     return NativeSteps(decoder, pool, found)
 
 
-def _weight(packed: PackedWeight | None, linear: Linear | None = None) -> Weight:
+def _weight(packed: PackedWeight | None, bias: Tensor | None = None) -> Weight:
     assert isinstance(packed, NativeWeight)
-    return packed.with_bias(None if linear is None else linear.bias)
+    return packed.with_bias(bias)
 
 
 def _address(norm: RMSNorm | None) -> int | None:

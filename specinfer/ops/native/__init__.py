@@ -80,10 +80,11 @@ class Kernels:
         features = library.specinfer_features
         features.restype = c_int64
         found = features()
-        self.bfloat16 = bool(found & 2) and not has_tiles()
-        self.int8 = bool(found & 4) and not has_tiles()
-        self.floats = {torch.float32, *([torch.bfloat16] if self.bfloat16 else [])}
+        self.floats = {torch.float32}
         """What rows may be, and results."""
+        if found & 2 and not has_tiles():
+            self.floats.add(torch.bfloat16)
+        self.int8 = bool(found & 4) and not has_tiles()
         self.pack = _function(library, "pack", (c_void_p, *[c_int64] * 3, c_void_p, c_int))
         self.multiply = _function(
             library,

@@ -211,13 +211,7 @@ template <class E> class Run {
         const size_t dim = m.head_dim, rotated = m.heads + m.kv_heads;
         const size_t wide = (rotated + m.kv_heads) * dim;
         // A row is normed by whom it was embedded by; later layers begin behind a barrier.
-        norm(member, layer.attention_norm);
-        round(member, layer.qkv, b.normed, b.hidden_stride, n);
-#pragma omp barrier
-        clock.tell(NORMS);
-        product(member, layer.qkv, b.normed, b.hidden_stride, (const E *)nullptr, b.qkv, n);
-#pragma omp barrier
-        clock.tell(LINEARS);
+        multiply_normed(member, layer.attention_norm, layer.qkv, b.qkv, clock);
         for (size_t i = member.begin(n); i < member.end(n); i++)
             place(layer, i, b.qkv + i * wide, dim, rotated);
 #pragma omp barrier
@@ -229,26 +223,33 @@ template <class E> class Run {
                counter, scratch);
 #pragma omp barrier
         clock.tell(ATTENTION);
-        if (round(member, layer.output, b.mixed, b.mixed_stride, n)) {
-#pragma omp barrier
-        }
-        product(member, layer.output, b.mixed, b.mixed_stride, b.hidden, b.hidden, n);
-#pragma omp barrier
-        clock.tell(LINEARS);
-        norm(member, layer.mlp_norm);
-        round(member, layer.gate_up, b.normed, b.hidden_stride, n);
-#pragma omp barrier
-        clock.tell(NORMS);
-        product(member, layer.gate_up, b.normed, b.hidden_stride, (const E *)nullptr, b.gate_up, n);
-#pragma omp barrier
-        clock.tell(LINEARS);
+        add_product(member, layer.output, b.mixed, b.mixed_stride, clock);
+        multiply_normed(member, layer.mlp_norm, layer.gate_up, b.gate_up, clock);
         gate(member);
 #pragma omp barrier
         clock.tell(REST);
-        if (round(member, layer.down, b.gated, b.gated_stride, n)) {
+        add_product(member, layer.down, b.gated, b.gated_stride, clock);
+    }
+
+    // out = norm(hidden) @ w.T for all rows. A barrier stands before it, and is passed at its end.
+    void multiply_normed(Member member, const void *norm_weight, const Weight &w, E *out,
+                         Clock &clock) const {
+        norm(member, norm_weight);
+        round(member, w, b.normed, b.hidden_stride, n);
+#pragma omp barrier
+        clock.tell(NORMS);
+        product(member, w, b.normed, b.hidden_stride, (const E *)nullptr, out, n);
+#pragma omp barrier
+        clock.tell(LINEARS);
+    }
+
+    // hidden += x @ w.T for all rows, between barriers likewise.
+    void add_product(Member member, const Weight &w, const E *x, size_t stride,
+                     Clock &clock) const {
+        if (round(member, w, x, stride, n)) {
 #pragma omp barrier
         }
-        product(member, layer.down, b.gated, b.gated_stride, b.hidden, b.hidden, n);
+        product(member, w, x, stride, b.hidden, b.hidden, n);
 #pragma omp barrier
         clock.tell(LINEARS);
     }

@@ -35,14 +35,15 @@ class SegmentTable:
             assert len(segment.slots) == segment.num_keys
             slots = self._keep(np.ascontiguousarray(segment.slots, np.int64))
         seen = segment.mask
-        if window is not None and max(segment.query_positions) >= window:
+        if window is not None and segment.is_cut(window):
             queries = np.asarray(segment.query_positions, np.int64)
             # Of a chain keys stand at their positions. Of a tree the prefix does, at least.
-            first = self._keep(np.maximum(queries - window + 1, 0))
+            firsts = np.maximum(queries - window + 1, 0)
             if seen is not None:
                 region = np.asarray(segment.region_positions, np.int64)
                 seen = seen & (np.subtract.outer(queries, region) < window)
-                first = self._keep(np.minimum(np.maximum(queries - window + 1, 0), segment.prefix))
+                firsts = np.minimum(firsts, segment.prefix)
+            first = self._keep(firsts)
         if seen is not None:
             assert seen.shape == (segment.num_queries, segment.num_keys - segment.prefix)
             mask = self._keep(np.ascontiguousarray(seen, np.bool_))
