@@ -34,8 +34,8 @@ from specinfer.models.quantization import (
     resolve_quantization,
     stored_shapes,
 )
-from specinfer.ops.linear import can_pack, has_native, pack, pack_rows
-from specinfer.ops.packed import PackedRows, PackedWeight
+from specinfer.ops.linear import can_pack, can_pack_rows, has_native, pack, pack_rows
+from specinfer.ops.packed import PackedWeight
 from specinfer.ops.quantized import pack_int4, pack_int8
 
 Progress = Callable[[int, int], None]
@@ -306,19 +306,17 @@ class _Loader:
             module.pack(self._round(scheme, parts))
         elif self.packed and isinstance(module, Linear) and kind == "weight":
             module.pack(pack(self._stage(parts), streamed=self.streamed))
-        elif (rows := self._shared_rows(name, parts)) is not None:
-            self.decoder.tie(rows)
+        elif name == "embedding.weight" and self._is_shared():
+            self.decoder.tie(pack_rows(self._stage(parts)))
         else:
             weight = torch.empty(_stacked(parts), dtype=self.dtype, device=self.device)
             setattr(module, kind, nn.Parameter(self._stack(parts, weight), requires_grad=False))
 
-    def _shared_rows(self, name: str, parts: tuple[_Part, ...]) -> PackedRows | None:
-        """A tied embedding in panels where one copy of it serves look-ups and logits alike."""
-        a, asked = self.decoder.architecture, self.rounding.asked
-        is_shared = name == "embedding.weight" and a.tied_embeddings and self.packed
-        if not is_shared or (asked is not None and asked.head):
-            return None
-        return pack_rows(self._stage(parts))
+    def _is_shared(self) -> bool:
+        """Whether one packed copy of the embedding serves look-ups and logits alike."""
+        asked, is_tied = self.rounding.asked, self.decoder.architecture.tied_embeddings
+        has_own_head = asked is not None and asked.head
+        return is_tied and self.packed and not has_own_head and can_pack_rows(self.dtype)
 
     def _round(self, scheme: Quantization, parts: tuple[_Part, ...]) -> PackedWeight:
         """The parts as one quantised weight, decoded or rounded one at a time."""

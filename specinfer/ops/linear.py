@@ -104,9 +104,14 @@ def pack(weight: Tensor, *, streamed: bool = False) -> PackedWeight:
     return BlockedWeight(weight, streamed=streamed)
 
 
-def pack_rows(weight: Tensor) -> PackedRows | None:
-    """The same for an embedding that is its own head: only in our panels can rows be read."""
-    return NativeRows(weight.detach()) if _is_ours(weight.dtype) else None
+def can_pack_rows(dtype: torch.dtype) -> bool:
+    """Whether `pack_rows` takes such weights: oneDNN's blocks cannot be read."""
+    return _is_ours(dtype)
+
+
+def pack_rows(weight: Tensor) -> PackedRows:
+    """The same for an embedding that is its own head: see `can_pack_rows`."""
+    return NativeRows(weight.detach())
 
 
 def _is_ours(dtype: torch.dtype) -> bool:
