@@ -198,11 +198,12 @@ def _sound_argmax(scores: Tensor) -> Tensor:
 
     cost  one more score per row: to argmax, NaN and infinity are more than any number
     """
-    picks = _argmax(scores)
     if scores.device.type == "cpu":  # a third of the time of as many operations of torch
-        rows = scores.detach().numpy()[np.arange(len(picks)), picks.numpy()]
-        if np.isfinite(rows).all():
-            return picks
+        rows = scores.detach().numpy()
+        tokens = rows.argmax(-1)
+        tokens[~np.isfinite(rows[np.arange(len(rows)), tokens])] = NO_PICK
+        return torch.from_numpy(tokens)
+    picks = scores.argmax(-1)
     best = scores.gather(-1, picks[:, None])[:, 0]
     return picks.masked_fill(~best.isfinite(), NO_PICK)
 

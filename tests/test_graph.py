@@ -209,8 +209,8 @@ def test_graphs_equal_a_processor() -> None:
     rng = np.random.default_rng(0)
     plain = Runner(toy_decoder(3), NUM_SLOTS)
     device = Runner(deepcopy(plain.decoder).to("cuda"), NUM_SLOTS)
-    assert isinstance(device._steps, DeviceSteps)
-    assert isinstance(device._steps._capture, CudaCapture)
+    assert isinstance(device._device_steps, DeviceSteps)
+    assert isinstance(device._device_steps._capture, CudaCapture)
     tokens = random_tokens(rng, 9)
     for each in (plain, device):
         each.run([chain(tokens[:8], run_pages(NUM_SLOTS))])

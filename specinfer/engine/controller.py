@@ -6,6 +6,7 @@ greatest quotient itself (Dinkelbach; docs/algorithm.md, "Control"). It is taken
 what is drawn stays predictable; where no slot is worth its price the step is a plain one.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -113,13 +114,19 @@ class Controller:
         What is looked at in each step costs a small model several per cent of it.
         """
         bucket = _bucket(num_spans)
-        if self._trials.setdefault(bucket, Trial()).rest:
+        if self._trial(bucket).rest:
             return True
         if bucket != self._bucket:
             return False
         num_plain = self._goodput[bucket].num_plain
         every = _PATIENCE if num_plain < _LONG else _PROBE_EVERY
         return num_plain > _PATIENCE and num_plain % every != 0
+
+    def _trial(self, bucket: int) -> Trial:
+        trial = self._trials.get(bucket)
+        if trial is None:
+            trial = self._trials[bucket] = Trial()
+        return trial
 
     def prices(self, num_tokens: int, num_spans: int, stop: int) -> Prices:
         """What this step's nodes and rounds must be worth.
@@ -185,7 +192,7 @@ class Controller:
         """
         table = self.target.table(_round_up((max_nodes + 2) * num_spans), num_spans)
         drafter = self.drafters[0]
-        draft_s = _FREE_PASS_S if drafter is None else _seconds(drafter, num_spans, num_spans)
+        draft_s = _FREE_PASS_S if drafter is None else drafter.seconds(num_spans, num_spans)
         per_sequence = np.arange(max_nodes + 2) * num_spans
         return draft_s + self._host_s[3], table[per_sequence]
 
@@ -199,7 +206,8 @@ class Controller:
 
     def plain_s(self, num_tokens: int, num_spans: int) -> float:
         """Seconds of a step without trees."""
-        return self._step_s(num_tokens, num_spans, 0, ())
+        step_s, span_s, _, _ = self._host_s
+        return self.target.seconds(num_tokens, num_spans) + step_s + span_s * num_spans
 
     def observe(self, load: StepLoad, *, decoding_only: bool) -> None:
         """Learn from a step.
@@ -215,12 +223,14 @@ class Controller:
         self.target.observe(load.num_tokens, load.target_s, load.num_spans)
         self._learn_host(load)
         # Seconds as the model has them, so that a busy machine does not look like a bad tree.
-        seconds = self._step_s(load.num_tokens, load.num_spans, load.num_nodes, load.passes)
+        seconds = self._step_s(load)
         self._bucket = _bucket(load.num_spans)
-        trial = self._trials.setdefault(self._bucket, Trial())
-        goodput = self._goodput.setdefault(self._bucket, _Goodput())
+        trial = self._trial(self._bucket)
+        goodput = self._goodput.get(self._bucket)
+        if goodput is None:
+            goodput = self._goodput[self._bucket] = _Goodput()
         goodput.add(load, seconds, was_told=trial.rest > 0)
-        spent_s = load.target_s + load.host_s + sum(each.seconds for each in load.passes)
+        spent_s = load.target_s + load.host_s + sum([each.seconds for each in load.passes])
         trial.add(
             load.num_emitted,
             spent_s,
@@ -242,15 +252,13 @@ class Controller:
         times = self.drafters[one.source]
         if times is None:
             return _FREE_PASS_S * one.num_nodes
-        return _seconds(times, one.num_tokens, one.num_spans)
+        return times.seconds(one.num_tokens, one.num_spans)
 
-    def _step_s(
-        self, num_tokens: int, num_spans: int, num_nodes: int, passes: Sequence[Pass]
-    ) -> float:
-        step_s, span_s, node_s, round_s = self._host_s
-        host = step_s + span_s * num_spans + node_s * num_nodes + round_s * len(passes)
-        drafting = sum(map(self.pass_s, passes))
-        return _seconds(self.target, num_tokens, num_spans) + drafting + host
+    def _step_s(self, load: StepLoad) -> float:
+        _, _, node_s, round_s = self._host_s
+        drafting = sum([self.pass_s(one) for one in load.passes])
+        drafting += node_s * load.num_nodes + round_s * len(load.passes)
+        return self.plain_s(load.num_tokens, load.num_spans) + drafting
 
     def _passes_s(self, source: int, stop: int, num_spans: int, fed: float) -> Floats:
         """[stop] seconds of a drafter's pass over 0, 1, … nodes of up to so many sequences.
@@ -288,16 +296,12 @@ class Controller:
         ]
 
 
-def _seconds(times: StepTimes, num_tokens: int, num_spans: int) -> float:
-    """`times.seconds` from its cached table."""
-    return float(times.table(_round_up(num_tokens + 1), num_spans)[num_tokens])
-
-
 def _round_up(stop: int) -> int:
     """A power of two from 128 on, so that few tables are kept."""
     return max(128, 1 << (stop - 1).bit_length())
 
 
+@functools.cache
 def _bucket(num_spans: int) -> int:
     """Batch sizes that share what is known: each half of a power of two."""
     return round(2 * math.log2(num_spans))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specinfer.cache.blocks import BlockAllocator
 from specinfer.config import EngineConfig, Speculation
-from specinfer.draft.base import Drafter
+from specinfer.draft.base import Draft, Drafter
 from specinfer.draft.calibration import Calibration
 from specinfer.engine.constraints import Constraints
 from specinfer.engine.controller import Controller
@@ -293,6 +293,7 @@ class Engine:
     def _keep_paths(self, works: ListLike[Work], verdicts: ListLike[Verdict]) -> None:
         """Move the accepted nodes' K and V to where committed tokens stand, in every pool."""
         sources, targets = [], []
+        admitted: dict[int, list[tuple[Draft, list[int]]]] = {}
         for work, verdict in zip(works, verdicts, strict=True):
             sequence = work.job.sequence
             assert sequence.pages is not None
@@ -302,15 +303,13 @@ class Engine:
                     sources.append(sequence.pages.slot(root + node))
                     targets.append(sequence.pages.slot(root + depth))
             sequence.num_computed += len(verdict.path)
+            if work.grown is not None:
+                for source, (draft, _) in work.grown.parts.items():
+                    own_path = work.grown.own_path(source, verdict.path)
+                    admitted.setdefault(source, []).append((draft, own_path))
         self.target.pool.move(sources, targets)
-        for source, drafter in enumerate(self.speculator.drafters):
-            drafter.admit(
-                [
-                    (work.grown.parts[source][0], work.grown.own_path(source, verdict.path))
-                    for work, verdict in zip(works, verdicts, strict=True)
-                    if work.grown is not None and source in work.grown.parts
-                ]
-            )
+        for source, accepted in admitted.items():
+            self.speculator.drafters[source].admit(accepted)
 
     def _count(self, work: Work, emitted_path: ListLike[int]) -> None:
         tree, drafters = work.tree, self.speculator.drafters

@@ -160,19 +160,29 @@ class Speculator:
         """What the step cost and brought, of what was computed and not of where a text ended."""
         if self.controller is None:
             return
-        spent = {part: seconds - before[part] for part, seconds in self._stats.seconds.items()}
+        now = self._stats.seconds
+        num_roots = sum([work.job.num_tokens for work in works])
+        num_nodes = sum([work.tree.num_drafted for work in works])
         load = StepLoad(
-            num_tokens=sum(work.job.num_tokens + work.tree.num_drafted for work in works),
+            num_tokens=num_roots + num_nodes,
             num_spans=len(works),
-            num_emitted=sum(len(verdict.path) + 1 for verdict in verdicts),
-            num_nodes=sum(work.tree.num_drafted for work in works),
+            num_emitted=sum([len(verdict.path) + 1 for verdict in verdicts]),
+            num_nodes=num_nodes,
             passes=self._stats.passes,
-            target_s=spent["target"],
-            host_s=sum(spent[part] for part in HOST_PARTS),
+            target_s=now["target"] - before["target"],
+            host_s=sum([now[part] - before[part] for part in HOST_PARTS]),
         )
-        is_decoding = all(work.job.num_tokens == 1 for work in works)
-        rate = self.controller.goodput(load.num_tokens - load.num_nodes, load.num_spans)
+        is_decoding = num_roots == len(works)
+        if any(work.job.sequence.choice is not None for work in works):
+            rate = self.controller.goodput(load.num_tokens - load.num_nodes, load.num_spans)
+            self._learn_choices(works, verdicts, rate)
         self.controller.observe(load, decoding_only=is_decoding)
+
+    def _learn_choices(
+        self, works: ListLike[Work], verdicts: ListLike[Verdict], rate: float
+    ) -> None:
+        """Which drafters were worth their time; rate  tokens per second, what a second is worth."""
+        assert self.controller is not None
         emitting = [work for work in works if work.num_logits]
         for work, verdict in zip(emitting, verdicts, strict=True):
             choice = work.job.sequence.choice

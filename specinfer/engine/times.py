@@ -42,6 +42,7 @@ of so many: making them takes longer than a small model's drafter."""
 
 _MAX_CURVES = 256
 """Tables kept; they differ by length and by number of spans."""
+_MAX_EXPECTED = 4096
 
 
 class StepTimes:
@@ -88,12 +89,19 @@ class StepTimes:
         self._bases: dict[int, float] = {}
         self._knots: dict[int, Floats] = {}
         self._curves: dict[tuple[int, int], tuple[Floats, Floats]] = {}
+        self._expected: dict[tuple[int, int], float] = {}
 
     def seconds(self, num_tokens: int, num_spans: int = 1) -> float:
         """Expect a step with so many tokens in so many spans to take this long, corrected."""
         if num_tokens < 1:
             return 0.0
-        return float(self._line(np.asarray([num_tokens]), self._knots_for(num_spans))[0])
+        known = self._expected.get((num_tokens, num_spans))
+        if known is None:
+            if len(self._expected) >= _MAX_EXPECTED:
+                self._expected.clear()
+            known = float(self._line(np.asarray([num_tokens]), self._knots_for(num_spans))[0])
+            self._expected[num_tokens, num_spans] = known
+        return known
 
     def measured(self, num_tokens: int, num_spans: int = 1) -> float:
         """The same as measured, uncorrected."""
@@ -152,6 +160,7 @@ class StepTimes:
             self._applied = corrections
             self._knots.clear()
             self._curves.clear()
+            self._expected.clear()
 
     def to_json(self) -> dict[str, Any]:
         """What was measured; corrections belong to the process that made them."""

@@ -1,5 +1,6 @@
 """Logits of a step to verdicts: one kind of sequences at a time, in batched operations."""
 
+import itertools
 from collections.abc import Sequence as ListLike
 
 import numpy as np
@@ -31,16 +32,16 @@ def verify_works(works: ListLike[Work], logits: Tensor) -> list[Verdict | None]:
     returns  None for a sequence whose rows give no law, for they are NaN or infinite. Rows of
              others are not touched by them
     """
-    verdicts: dict[int, Verdict | None] = {}
-    rows = np.cumsum([0, *(work.num_logits for work in works)])
     kinds: dict[str, list[int]] = {}
     for index, work in enumerate(works):
         kinds.setdefault(_kind(work.job.sequence), []).append(index)
+    if len(kinds) == 1:
+        return _verify_kind(next(iter(kinds)), works, logits)
+    verdicts: dict[int, Verdict | None] = {}
+    rows = list(itertools.accumulate((work.num_logits for work in works), initial=0))
     for kind, members in kinds.items():
         group = [works[index] for index in members]
-        part = logits
-        if len(kinds) > 1:
-            part = torch.cat([logits[rows[index] : rows[index + 1]] for index in members])
+        part = torch.cat([logits[rows[index] : rows[index + 1]] for index in members])
         verdicts.update(zip(members, _verify_kind(kind, group, part), strict=True))
     return [verdicts[index] for index in range(len(works))]
 

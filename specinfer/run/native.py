@@ -1,6 +1,7 @@
 """A model's steps on a processor with kernels of our own: one call from tokens to logits."""
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,7 +68,7 @@ class NativeSteps:
         self._vocab_size = a.vocab_size
         self.seconds: npt.NDArray[np.float64] | None = None
         """Where `ops.native.PARTS` of steps are added up, or None: not measured."""
-        self._cos, self._sin = decoder.rotary.table(_FIRST_POSITIONS)
+        self._make_angles(_FIRST_POSITIONS)
 
     @staticmethod
     def _layer(module: DecoderLayer, pages: tuple[Tensor, Tensor]) -> Layer:
@@ -91,19 +92,21 @@ class NativeSteps:
         """
         flat = lay_out(spans)
         num_tokens, num_rows = len(flat.tokens), len(flat.rows)
-        logits = torch.empty(num_rows, self._vocab_size, dtype=torch.float32, device="cpu")
+        logits = np.empty((num_rows, self._vocab_size), np.float32)
         if num_tokens == 0:
-            return logits
-        writes: list[int] = []
-        for each in flat.writes:
-            writes += range(each.start, each.stop) if isinstance(each, slice) else each.tolist()
+            return torch.from_numpy(logits)
         highest = max(flat.positions)
-        if highest >= len(self._cos):
-            self._cos, self._sin = self._decoder.rotary.table(2 * highest)
-        numbers = np.array(flat.tokens + flat.positions + writes + flat.rows, np.int64)
-        address = numbers.ctypes.data
+        if highest >= self._num_positions:
+            self._make_angles(2 * highest)
+        # Arrays of Python's: numpy takes several times as long to make one of so few numbers.
+        numbers = array("q", flat.tokens)
+        numbers.extend(flat.positions)
+        for each in flat.writes:
+            numbers.extend(range(each.start, each.stop) if isinstance(each, slice) else each.tolist())
+        numbers.extend(flat.rows)
+        address, _ = numbers.buffer_info()
         tables = [SegmentTable(flat.segments, window) for window in self._windows]
-        plans = (ctypes.c_void_p * len(tables))(*[table.address for table in tables])
+        plans = array("q", [table.address for table in tables])
         size = 8 * num_tokens
         step = Step(
             num_tokens=num_tokens,
@@ -113,16 +116,21 @@ class NativeSteps:
             positions=address + size,
             writes=address + 2 * size,
             rows=address + 3 * size,
-            cos=self._cos.data_ptr(),
-            sin=self._sin.data_ptr(),
-            plans=ctypes.addressof(plans),
-            logits=logits.data_ptr(),
+            cos=self._angles[0],
+            sin=self._angles[1],
+            plans=plans.buffer_info()[0],
+            logits=logits.__array_interface__["data"][0],
             seconds=None if self.seconds is None else self.seconds.ctypes.data,
         )
         threads = torch.get_num_threads()
         if not self._run_step(ctypes.byref(self._model), ctypes.byref(step), threads):
             raise IndexError(f"token ids must be 0 to {self._vocab_size - 1}")
-        return logits
+        return torch.from_numpy(logits)
+
+    def _make_angles(self, num_positions: int) -> None:
+        self._num_positions = num_positions
+        self._cos, self._sin = self._decoder.rotary.table(num_positions)
+        self._angles = self._cos.data_ptr(), self._sin.data_ptr()
 
 
 def native_steps(decoder: Decoder, pool: KVPool) -> NativeSteps | None:

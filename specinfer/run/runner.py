@@ -10,7 +10,7 @@ from specinfer.models.decoder import Decoder
 from specinfer.ops.attention import AttentionPlan
 from specinfer.run.batch import Span, flatten
 from specinfer.run.graph import device_steps
-from specinfer.run.native import NativeSteps, native_steps
+from specinfer.run.native import native_steps
 
 
 class Runner:
@@ -30,24 +30,24 @@ class Runner:
             dtype=decoder.dtype,
             device=decoder.device,
         )
-        self._steps = device_steps(decoder, self.pool, scratch=num_slots) or native_steps(
-            decoder, self.pool
-        )
-
-    @property
-    def native(self) -> NativeSteps | None:
+        self._device_steps = device_steps(decoder, self.pool, scratch=num_slots)
+        self.native = native_steps(decoder, self.pool)
         """What runs whole steps by our own kernels, where they are."""
-        return self._steps if isinstance(self._steps, NativeSteps) else None
 
-    @torch.inference_mode()
     def run(self, spans: Sequence[Span]) -> Tensor:
         """Compute the spans' tokens and store their K and V.
 
         returns  [rows, vocab] float32: the spans' last `num_logits` tokens, one span after the
                  other
         """
-        if self._steps is not None:
-            return self._steps.run(spans)
+        if self.native is not None:
+            return self.native.run(spans)
+        return self._run(spans)
+
+    @torch.inference_mode()  # entering it takes longer than all that `NativeSteps` does in Python
+    def _run(self, spans: Sequence[Span]) -> Tensor:
+        if self._device_steps is not None:
+            return self._device_steps.run(spans)
         batch = flatten(spans, self.device)
         architecture = self.decoder.architecture
         plan = AttentionPlan(

@@ -1,5 +1,6 @@
 """A step's segments as the native kernels read them, and attention by itself."""
 
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,9 +11,6 @@ from torch import Tensor
 from specinfer.ops.attention import Segment
 from specinfer.ops.native import kernels
 
-_FIELDS = 7
-
-
 class SegmentTable:
     """Segments under one window, field by field as attention.h has them.
 
@@ -21,9 +19,10 @@ class SegmentTable:
 
     def __init__(self, segments: Sequence[Segment], window: int | None) -> None:
         self._kept: list[npt.NDArray[np.generic]] = []  # what addresses in the table belong to
-        rows: list[tuple[int, ...]] = [self._row(segment, window) for segment in segments]
-        self._table = np.array(rows, np.int64).reshape(-1, _FIELDS)
-        self.address: int = self._table.ctypes.data
+        self._table = array("q")
+        for segment in segments:
+            self._table.extend(self._row(segment, window))
+        self.address, _ = self._table.buffer_info()
 
     def _row(self, segment: Segment, window: int | None) -> tuple[int, ...]:
         slots, start, mask, first = 0, 0, 0, 0
