@@ -135,6 +135,8 @@ class Curves:
         """Forget what was seen, for these counts."""
         self.trials, self.hits = trials.copy(), hits.copy()
         self.rates = hits / trials  # not to be written to
+        self.addresses: tuple[int, int] = self.rates.ctypes.data, self.trials.ctypes.data
+        """Where rates and trials begin, for kernels that read them."""
 
     def record(self, rank: int, probability: float, accepted: float) -> None:
         """Count one slot: `accepted` is 1 or 0, or the chance of it."""

@@ -133,7 +133,7 @@ class Drawing:
     @property
     def price(self) -> float:
         """What one more node is expected to cost when all rounds are over."""
-        if self._prices is None:
+        if self._prices is None or not self._trees:
             return 0.0
         usual = sum(self._past.sizes.get(tree.growth.regime, 0.0) for tree in self._trees.values())
         num_nodes = max(self.num_nodes, round(usual))

@@ -7,6 +7,8 @@ The value of a slot is the chance that it is accepted,
 the last from learnt tables, or from the drafters' own word.
 """
 
+import struct
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +19,13 @@ import numpy.typing as npt
 from specinfer.draft.base import Draft, Drafter, DrafterFailedError, Pick
 from specinfer.draft.calibration import Calibration
 from specinfer.draft.growth import Growth, Guesses, guess, likeliest
+from specinfer.ops.native import address, kernels
 
 Numbers = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+
+_CURVE = struct.Struct("=2qd")
+"""A `Curve` of ops/native/guesses.h."""
 
 WIDEST = 24
 """Slots under one node at most: later ones are worth nothing."""
@@ -71,6 +77,17 @@ class Values:
             rates[own] = table.after.along(ranks[own], probabilities[own])
         return _favoured(rates, self._odds(source, growths)[:, None])
 
+    def curves(self, source: int, growths: Sequence[Growth]) -> bytes:
+        """What values the next slots of each growth, as our kernels read it."""
+        if self._calibration is None:
+            return _CURVE.pack(0, 0, 1.0) * len(growths)
+        curves = []
+        for growth in growths:
+            table = self._calibration.table(self._names[source], growth.regime)
+            own = table.after if growth.draw == "pick" else table.before
+            curves.append(_CURVE.pack(*own.addresses, growth.odds(source)))
+        return b"".join(curves)
+
     def after_one(self, source: int, growth: Growth, rank: int, probability: float) -> float:
         """The same for one slot."""
         if self._calibration is None:
@@ -85,14 +102,42 @@ class Values:
         table = self._calibration.table(self._names[source], growth.regime)
         return _favoured_one(table.before.at(rank, largest), growth.odds(source))
 
+    def worth_asking(
+        self,
+        source: int,
+        growths: Sequence[Growth],
+        reaches: Sequence[float],
+        price: float,
+        costs: Numbers,
+    ) -> Sequence[int]:
+        """Which nodes a drafter's pass is worth its time for, the best first.
+
+        reaches  [nodes] the chance that verification comes to the node, times its urgency; one
+                 growth for each
+        price    of one more node
+        costs    [stop] of a pass over 0, 1, … nodes
+        """
+        if (found := kernels()) is not None:
+            reached, rows = array("d", reaches), array("q", bytes(8 * len(reaches)))
+            count = found.choose(
+                *(reached.buffer_info()[0], self.curves(source, growths), len(rows), price),
+                *(address(costs), len(costs), rows.buffer_info()[0]),
+            )
+            return rows[:count]
+        above = np.maximum(0.0, np.array(reaches) - price)
+        if above.sum() <= costs[1]:
+            return []  # not if every guess were right
+        gains = self.gains(source, growths, np.array(reaches), price)
+        order = np.argsort(-gains, kind="stable")
+        order = order[: len(costs) - 1]
+        worth = np.cumsum(gains[order]) - costs[1 : len(order) + 1]
+        best = int(worth.argmax())
+        return order[: best + 1].tolist() if worth[best] > 0 else []
+
     def gains(
         self, source: int, growths: Sequence[Growth], reaches: Numbers, price: float
     ) -> Numbers:
-        """What expanding nodes is expected to bring: their first slots' value above the price.
-
-        reaches  [nodes]: the chance that verification comes to the node, times its urgency; one
-                 growth for each
-        """
+        """What expanding nodes is expected to bring: their first slots' value above the price."""
         if self._calibration is None:
             return np.maximum(0.0, reaches - price)
         odds, worth = self._odds(source, growths), np.empty(len(growths))
@@ -196,17 +241,10 @@ class Rounds:
         if self._prices is None or not able:
             return able
         growths = [self._growths[each.index] for each in able]
-        reaches = np.array([each.reach for each in able])
-        first = self.num_rounds == 0
-        costs = (self._prices.first_rounds if first else self._prices.rounds)[source]
-        if np.maximum(0.0, reaches - price).sum() <= costs[1]:
-            return []  # not if every guess were right
-        gains = self._values.gains(source, growths, reaches, price)
-        order = np.argsort(-gains, kind="stable")
-        order = order[: len(costs) - 1]
-        worth = np.cumsum(gains[order]) - costs[1 : len(order) + 1]
-        best = int(worth.argmax())
-        return [able[row] for row in order[: best + 1]] if worth[best] > 0 else []
+        costs = self._prices.rounds if self.num_rounds else self._prices.first_rounds
+        reaches = [each.reach for each in able]
+        rows = self._values.worth_asking(source, growths, reaches, price, costs[source])
+        return [able[row] for row in rows]
 
     def _can_ask(self, source: int, candidate: Candidate) -> bool:
         if source not in self._growths[candidate.index].sources:

@@ -47,7 +47,9 @@ _HOST_S = (2e-4, 6e-5, 2e-5, 5e-4)
 
 _MAX_COMPUTED = 256
 
-_NO_TABLE: Floats = np.zeros(0)
+_GRID = 32.0
+"""Prices are computed anew when what they are made of has moved by a 32nd of its logarithm: they
+differ by less than they are known, and making them takes a tenth of a small model's step."""
 
 _FREE_PASS_S = 2e-5
 """A pass of a drafter without a model, per node."""
@@ -106,7 +108,7 @@ class Controller:
         self._goodput: dict[int, _Goodput] = {}
         self._trials: dict[int, Trial] = {}
         self._bucket = -1  # of the last step
-        self._computed: dict[tuple[float, ...], tuple[Floats, Any]] = {}
+        self._computed: dict[tuple[float, ...], tuple[tuple[int, ...], Any]] = {}
 
     def rests(self, num_spans: int) -> bool:
         """Whether to draft nothing now, without asking: nothing was worth it for several steps.
@@ -134,24 +136,34 @@ class Controller:
         num_tokens  the target computes anyway: prompt chunks and roots, in num_spans sequences
         stop        drafted nodes there may be, plus one
         """
-        rate = _MARGIN * self.goodput(num_tokens, num_spans)
-        _, _, node_s, round_s = self._host_s
-        slopes_s, totals_s = self._nodes_s(num_tokens, num_spans, stop)
-        slopes = rate * (slopes_s + node_s)
-        totals = rate * (totals_s + node_s * np.arange(stop))
+        unit_s = self.target.measured(1)  # so that a slower machine decides the same
+        rate = _coarse(_MARGIN * self.goodput(num_tokens, num_spans) * unit_s) / unit_s
+        node_s, round_s = (_coarse(each / unit_s) * unit_s for each in self._host_s[2:])
         fed = round(min(2.0, 1.0 + self._accepted(num_spans)), 1)  # the rest: known from drafting
-        sources = range(len(self.drafters))
-        rounds, first_rounds = (
-            [rate * (self._passes_s(s, stop, num_spans, each) + round_s) for s in sources]
-            for each in (1.0, fed)
-        )
-        if self._probes(num_spans):
-            # Of one node per sequence: larger probes of a good drafter took 5 % of all time.
-            slopes[:num_spans] *= _PROBE_DISCOUNT
-            totals -= (1 - _PROBE_DISCOUNT) * totals[np.minimum(np.arange(stop), num_spans)]
-            rounds = [_PROBE_DISCOUNT * each for each in rounds]
-            first_rounds = [_PROBE_DISCOUNT * each for each in first_rounds]
-        return Prices(slopes, totals, rounds, first_rounds)
+        probes = self._probes(num_spans)
+
+        def compute() -> Prices:
+            slopes_s, totals_s = self._nodes_s(num_tokens, num_spans, stop)
+            slopes = rate * (slopes_s + node_s)
+            totals = rate * (totals_s + node_s * np.arange(stop))
+            rounds, first_rounds = (
+                [
+                    rate * (self._passes_s(source, stop, num_spans, each) + round_s)
+                    for source in range(len(self.drafters))
+                ]
+                for each in (1.0, fed)
+            )
+            if probes:
+                # Of one node per sequence: larger probes of a good drafter took 5 % of all time.
+                slopes[:num_spans] *= _PROBE_DISCOUNT
+                totals -= (1 - _PROBE_DISCOUNT) * totals[np.minimum(np.arange(stop), num_spans)]
+                rounds = [_PROBE_DISCOUNT * each for each in rounds]
+                first_rounds = [_PROBE_DISCOUNT * each for each in first_rounds]
+            return Prices(slopes, totals, rounds, first_rounds)
+
+        versions = tuple([times.version for times in (self.target, *self.drafters) if times])
+        asked = num_tokens, num_spans, stop, fed, rate, node_s, round_s, probes
+        return self._kept(asked, versions, compute)
 
     def _probes(self, num_spans: int) -> bool:
         known = self._goodput.get(_bucket(num_spans))
@@ -160,22 +172,23 @@ class Controller:
     def _nodes_s(self, num_tokens: int, num_spans: int, stop: int) -> tuple[Floats, Floats]:
         """Seconds of the target: [stop] of one more node, [stop] of so many nodes together."""
         most = _round_up(num_tokens + stop + 1)
-        table = self.target.table(most, num_spans)
 
         def compute() -> tuple[Floats, Floats]:
-            own = table[num_tokens : num_tokens + stop]
+            own = self.target.table(most, num_spans)[num_tokens : num_tokens + stop]
             hull = self.target.hull(most, num_spans)[num_tokens : num_tokens + stop + 1]
             return np.maximum(0.0, np.diff(hull)), own - own[0]
 
-        return self._kept((-1, num_tokens, num_spans, stop), table, compute)
+        return self._kept((num_tokens, num_spans, stop), (self.target.version,), compute)
 
-    def _kept(self, key: tuple[float, ...], table: Floats, compute: Callable[[], _T]) -> _T:
-        """What was computed from a table, until there is another."""
+    def _kept(
+        self, key: tuple[float, ...], versions: tuple[int, ...], compute: Callable[[], _T]
+    ) -> _T:
+        """What was computed from tables of times, until there are others."""
         known = self._computed.get(key)
-        if known is None or known[0] is not table:
+        if known is None or known[0] != versions:
             if len(self._computed) >= _MAX_COMPUTED:
                 self._computed.clear()
-            known = self._computed[key] = (table, compute())
+            known = self._computed[key] = (versions, compute())
         return cast(_T, known[1])
 
     def _accepted(self, num_spans: int) -> float:
@@ -266,19 +279,19 @@ class Controller:
         fed  tokens computed per node
         """
         times = self.drafters[source]
-        last = math.ceil((stop - 1) * fed)
-        table = _NO_TABLE if times is None else times.table(_round_up(last + 1))
 
         def compute() -> Floats:
             nodes = np.arange(stop, dtype=np.float64)
             if times is None:
                 return _FREE_PASS_S * nodes
+            table = times.table(_round_up(math.ceil((stop - 1) * fed) + 1))
             tokens = np.ceil(nodes * fed).astype(np.int64)
             extra = np.minimum(nodes, num_spans) - 1
             seconds: Floats = table[tokens] + times.span_s * np.maximum(0.0, extra)
             return seconds
 
-        return self._kept((source, stop, num_spans, fed), table, compute)
+        version = 0 if times is None else times.version
+        return self._kept((source, stop, num_spans, fed), (version,), compute)
 
     def _learn_host(self, load: StepLoad) -> None:
         """Follow the host's seconds: what is missing is blamed on each cost by its share.
@@ -299,6 +312,11 @@ class Controller:
 def _round_up(stop: int) -> int:
     """A power of two from 128 on, so that few tables are kept."""
     return max(128, 1 << (stop - 1).bit_length())
+
+
+def _coarse(value: float) -> float:
+    """The nearest of few numbers: within 1.6 %."""
+    return math.exp(round(math.log(value) * _GRID) / _GRID)
 
 
 @functools.cache

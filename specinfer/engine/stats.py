@@ -110,7 +110,7 @@ class EngineStats:
 
 
 class Timed:
-    """A block whose time counts as a part of the step; a generator would take three times as long."""
+    """A block whose time counts as a part of the step; a generator would take thrice as long."""
 
     __slots__ = ("_outer_s", "_part", "_start_s", "_stats")
 

@@ -76,6 +76,7 @@ class StepTimes:
         self.sizes = tuple(sizes)
         self.span_s = span_s
         self.spread = spread
+        self.version = 0  # of tables and hulls: another one with every correction
         self._sizes = np.asarray(sizes, np.float64)
         self._measured = np.asarray(seconds, np.float64)
         self._num_observed = 0
@@ -158,6 +159,7 @@ class StepTimes:
         moves = [abs(a - b) for a, b in zip(corrections, self._applied, strict=True)]
         if max(moves) > _NOTICEABLE:
             self._applied = corrections
+            self.version += 1
             self._knots.clear()
             self._curves.clear()
             self._expected.clear()

@@ -20,6 +20,7 @@ from specinfer.ops.native import (
     NativeWeight,
     Step,
     Weight,
+    address,
     can_attend,
     kernels,
 )
@@ -102,9 +103,10 @@ class NativeSteps:
         numbers = array("q", flat.tokens)
         numbers.extend(flat.positions)
         for each in flat.writes:
-            numbers.extend(range(each.start, each.stop) if isinstance(each, slice) else each.tolist())
+            run = range(each.start, each.stop) if isinstance(each, slice) else each.tolist()
+            numbers.extend(run)
         numbers.extend(flat.rows)
-        address, _ = numbers.buffer_info()
+        start, _ = numbers.buffer_info()
         tables = [SegmentTable(flat.segments, window) for window in self._windows]
         plans = array("q", [table.address for table in tables])
         size = 8 * num_tokens
@@ -112,14 +114,14 @@ class NativeSteps:
             num_tokens=num_tokens,
             num_rows=num_rows,
             num_segments=len(flat.segments),
-            tokens=address,
-            positions=address + size,
-            writes=address + 2 * size,
-            rows=address + 3 * size,
+            tokens=start,
+            positions=start + size,
+            writes=start + 2 * size,
+            rows=start + 3 * size,
             cos=self._angles[0],
             sin=self._angles[1],
             plans=plans.buffer_info()[0],
-            logits=logits.__array_interface__["data"][0],
+            logits=address(logits),
             seconds=None if self.seconds is None else self.seconds.ctypes.data,
         )
         threads = torch.get_num_threads()

@@ -1,10 +1,11 @@
 """Our own kernels for processors with AVX-512, and their structures in ctypes, field by field."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -96,18 +97,38 @@ class Kernels:
             "attend",
             (c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 4, c_float, c_int, c_int),
         )
-        self.step = _function(library, "step", (POINTER(Model), POINTER(Step), c_int))
-        self.step.restype = c_int
+        self.step = _function(library, "step", (POINTER(Model), POINTER(Step), c_int), c_int)
+        i, p, d = c_int64, c_void_p, c_double
+        self.likeliest = _function(library, "likeliest", (p, i, i, i, p, p))
+        self.choose = _function(library, "choose", (p, p, i, d, p, i, p), i)
+        # The pool of guesses, by its address
+        self.pool_new = _function(library, "pool_new", (p, i), p)
+        self.pool_free = _function(library, "pool_free", (p,))
+        self.pool_price = _function(library, "pool_price", (p, p, i), d)
+        self.pool_extend = _function(library, "pool_extend", (p, p, i, p, p, i, i, p, d))
+        self.pool_append = _function(library, "pool_append", (p, p, i, p, i))
+        self.pool_frontier = _function(library, "pool_frontier", (p, i, d, c_int, p), i)
+        self.pool_best = _function(library, "pool_best", (p, p, i, p), i)
 
     def multiplies(self, dtype: torch.dtype) -> bool:
         """Whether there are products of weights of this type."""
         return dtype in self.floats or (dtype == torch.int8 and self.int8)
 
 
-def _function(library: ctypes.CDLL, name: str, arguments: tuple[Any, ...]) -> Any:
+def _function(
+    library: ctypes.CDLL, name: str, arguments: tuple[Any, ...], result: Any = None
+) -> Any:
     function = getattr(library, f"specinfer_{name}")
-    function.argtypes, function.restype = arguments, None
+    function.argtypes, function.restype = arguments, result
     return function
+
+
+def address(values: npt.NDArray[Any]) -> int:
+    """Where a contiguous, writable array begins, in a quarter of the time `values.ctypes` takes."""
+    return ctypes.addressof(_NOTHING.from_buffer(values))  # type: ignore[arg-type]
+
+
+_NOTHING = ctypes.c_char * 0
 
 
 @cache

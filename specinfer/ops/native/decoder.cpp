@@ -9,6 +9,7 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "guesses.h"
 
 enum Activation : int64_t { SILU, RELU, GELU, GELU_TANH };
 
@@ -435,5 +436,48 @@ void specinfer_attend(const Segment *segments, int64_t num_segments, const void 
     if (is_bfloat16) return run(static_cast<bfloat16 *>(nullptr));
 #endif
     run(static_cast<float *>(nullptr));
+}
+
+// [rows][size] -> the likeliest of each row, both [rows][width]
+void specinfer_likeliest(const float *from, int64_t rows, int64_t size, int64_t width,
+                         float *values, int64_t *places) {
+    for (int64_t r = 0; r < rows; r++)
+        likeliest(from + r * size, size, width, values + r * width, places + r * width);
+}
+
+int64_t specinfer_choose(const double *reaches, const Curve *curves, int64_t count, double price,
+                         const double *costs, int64_t num_costs, int64_t *order) {
+    return choose(reaches, curves, count, price, costs, num_costs, order);
+}
+
+void *specinfer_pool_new(const Request *requests, int64_t count) {
+    return new Pool(requests, count);
+}
+
+void specinfer_pool_free(void *pool) { delete static_cast<Pool *>(pool); }
+
+double specinfer_pool_price(void *pool, const double *nodes, int64_t count) {
+    return static_cast<Pool *>(pool)->price(nodes, count);
+}
+
+void specinfer_pool_extend(void *pool, const int64_t *parents, int64_t count,
+                           const int64_t *tokens, const float *probabilities, int64_t width,
+                           int64_t source, const Curve *curves, double least) {
+    static_cast<Pool *>(pool)->extend(parents, count, tokens, probabilities, width, source, curves,
+                                      least);
+}
+
+void specinfer_pool_append(void *pool, const int64_t *parents, int64_t num_parents,
+                           const Guess *guesses, int64_t count) {
+    static_cast<Pool *>(pool)->append(parents, num_parents, guesses, count);
+}
+
+int64_t specinfer_pool_frontier(void *pool, int64_t num_rounds, double price, int is_priced,
+                                Offer *to) {
+    return static_cast<Pool *>(pool)->frontier(num_rounds, price, is_priced, to);
+}
+
+int64_t specinfer_pool_best(void *pool, const double *totals, int64_t num_totals, Guess *to) {
+    return static_cast<Pool *>(pool)->best(totals, num_totals, to);
 }
 }

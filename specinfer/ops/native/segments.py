@@ -11,6 +11,7 @@ from torch import Tensor
 from specinfer.ops.attention import Segment
 from specinfer.ops.native import kernels
 
+
 class SegmentTable:
     """Segments under one window, field by field as attention.h has them.
 
