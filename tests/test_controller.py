@@ -59,9 +59,10 @@ class Machine:
         times = self.drafter
         pass_s = 0.0 if times is None else times.seconds(self.batch, self.batch)
         passes = [Pass(0, self.batch, self.batch, self.batch, pass_s) for _ in range(depth)]
-        step_s, span_s, node_s, round_s = self.host_s
+        host = module._HostTimes._make(self.host_s)
         nodes = self.batch * depth
-        host_s = step_s + span_s * self.batch + node_s * nodes + round_s * depth
+        host_s = host.step + host.span * self.batch + host.node * nodes
+        host_s += host.draft * (depth > 0) + host.round * depth
         return passes, self.target.seconds(self.batch + nodes, self.batch), host_s
 
     def goodput(self, depth: int) -> float:
@@ -222,7 +223,7 @@ def test_a_uniformly_slower_machine_decides_the_same(
     def slower(times: StepTimes) -> StepTimes:
         return StepTimes(times.sizes, [3 * times.seconds(size) for size in times.sizes])
 
-    host_s = tuple(3 * each for each in HOST_S)
+    host_s = module._HostTimes._make(3 * each for each in HOST_S)
     slow = Machine(
         slower(fast.target), slower(fast.drafter), fast.acceptance, fast.batch, host_s=host_s
     )
@@ -267,7 +268,7 @@ def test_one_that_has_rested_for_long_looks_seldom(resting: tuple[Machine, Contr
     for _ in range(300):
         machine.step(controller, random.Random(0))
     looked = []
-    for _ in range(128):
+    for _ in range(2 * module._PROBE_EVERY):
         looked.append(not controller.rests(4))
         controller.observe(machine.load(0, 4), decoding_only=True)
     assert sum(looked) == 2
@@ -291,21 +292,23 @@ def test_a_drafted_node_ends_the_rest(resting: tuple[Machine, Controller]) -> No
 
 
 def test_a_probe_is_priced_lower(resting: tuple[Machine, Controller]) -> None:
-    """Every 64th step in a row without a node, so that a drafter may show that it has changed."""
+    """Now and then, in a row of steps without a node, so that a drafter may show that it has changed."""
     machine, controller = resting
     prices: dict[int, Prices] = {}
-    for number in range(20, 20 + 128):
+    for number in range(20, 20 + 2 * module._PROBE_EVERY):
         prices[number] = controller.prices(4, 4, 9)
         controller.observe(machine.load(0, 4), decoding_only=True)
     usual = prices[21]
     low = [number for number, each in prices.items() if each.nodes[0] < 0.9 * usual.nodes[0]]
-    assert low == [64, 128]
-    for now, then in ((prices[64].nodes, usual.nodes), (prices[64].totals, usual.totals)):
+    first = module._PROBE_EVERY
+    assert low == [first, 2 * first]
+    probe = prices[first]
+    for now, then in ((probe.nodes, usual.nodes), (probe.totals, usual.totals)):
         assert now[:4] == pytest.approx(then[:4] / 2)
     # One node of each sequence: the others cost what they do, and prices still never fall.
-    assert prices[64].nodes[4:] == pytest.approx(usual.nodes[4:])
-    assert np.diff(prices[64].totals[4:]) == pytest.approx(np.diff(usual.totals[4:]))
-    assert prices[64].rounds[0] == pytest.approx(usual.rounds[0] / 2)
+    assert probe.nodes[4:] == pytest.approx(usual.nodes[4:])
+    assert np.diff(probe.totals[4:]) == pytest.approx(np.diff(usual.totals[4:]))
+    assert probe.rounds[0] == pytest.approx(usual.rounds[0] / 2)
 
 
 # --- what is learnt -------------------------------------------------------------------------------
@@ -313,7 +316,7 @@ def test_a_probe_is_priced_lower(resting: tuple[Machine, Controller]) -> None:
 
 def test_host_costs_follow() -> None:
     """The host is several times slower than was thought: a step's expected time shows it."""
-    dear = (2e-3, 4e-4, 1e-4, 2e-3)
+    dear = module._HostTimes(2e-3, 4e-4, 1e-4, 1e-3, 2e-3)
     machine = Machine(line(1e-3, 1e-5), line(1e-4, 0.0), 0.9, 2, host_s=dear)
     controller = machine.controller()
     serve(machine, controller, 2000)

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -34,16 +34,34 @@ _PATIENCE = 8
 
 _LONG = 256
 
-_PROBE_EVERY = 64
+_PROBE_EVERY = 128
 _PROBE_DISCOUNT = 0.5
+_PROBE_STEPS = 2
 """Where nothing was worth its price for long, a first node of each sequence is priced lower in one
-step of so many: what drafts are worth is only learnt by drafting."""
+step of so many, and in the next ones if something was drafted: what drafts are worth is only learnt
+by drafting, and what they take once the processor's caches know it."""
 
 _HOST_RATE = 0.1
 """How fast the host's costs follow what is measured."""
 
-_HOST_S = (2e-4, 6e-5, 2e-5, 5e-4)
-"""Seconds of the host at first: per step, sequence, drafted node and round."""
+
+class _HostTimes(NamedTuple):
+    """Seconds of the host.
+
+    step, span, node  per step, sequence and drafted node
+    draft             where drafters are asked at all, whatever comes of it
+    round             per pass of a drafter
+    """
+
+    step: float
+    span: float
+    node: float
+    draft: float
+    round: float
+
+
+_HOST_S = _HostTimes(1.5e-4, 5e-5, 1e-5, 1e-4, 2e-4)
+"""At first."""
 
 _MAX_COMPUTED = 256
 
@@ -84,9 +102,19 @@ class _Goodput:
     spans: float = 0.0
     seconds: float = 0.0
     num_plain: int = 0  # steps in a row in which nothing was worth its price
+    num_probes: int = 0  # to come
+
+    @property
+    def probes(self) -> bool:
+        """Whether the next step looks at what drafts are worth."""
+        return self.num_probes > 0 or self.num_plain % _PROBE_EVERY == 0 < self.num_plain
 
     def add(self, load: StepLoad, seconds: float, *, was_told: bool) -> None:
         """Count a step; was_told  not to draft, whatever it would have been worth."""
+        if self.num_probes:
+            self.num_probes -= 1
+        elif self.probes and load.num_nodes:
+            self.num_probes = _PROBE_STEPS - 1
         self.tokens = self.tokens * _FADE + load.num_emitted
         self.spans = self.spans * _FADE + load.num_spans
         self.seconds = self.seconds * _FADE + seconds
@@ -104,10 +132,11 @@ class Controller:
     def __init__(self, target: StepTimes, drafters: Sequence[StepTimes | None]) -> None:
         self.target = target
         self.drafters = list(drafters)
-        self._host_s = list(_HOST_S)
+        self._host_s = _HOST_S
         self._goodput: dict[int, _Goodput] = {}
         self._trials: dict[int, Trial] = {}
         self._bucket = -1  # of the last step
+        self._was_drafting = False  # in the last step
         self._computed: dict[tuple[float, ...], tuple[tuple[int, ...], Any]] = {}
 
     def rests(self, num_spans: int) -> bool:
@@ -138,20 +167,20 @@ class Controller:
         """
         unit_s = self.target.measured(1)  # so that a slower machine decides the same
         rate = _coarse(_MARGIN * self.goodput(num_tokens, num_spans) * unit_s) / unit_s
-        node_s, round_s = (_coarse(each / unit_s) * unit_s for each in self._host_s[2:])
+        host = _HostTimes._make(_coarse(each / unit_s) * unit_s for each in self._host_s)
         fed = round(min(2.0, 1.0 + self._accepted(num_spans)), 1)  # the rest: known from drafting
         probes = self._probes(num_spans)
 
         def compute() -> Prices:
             slopes_s, totals_s = self._nodes_s(num_tokens, num_spans, stop)
-            slopes = rate * (slopes_s + node_s)
-            totals = rate * (totals_s + node_s * np.arange(stop))
+            slopes = rate * (slopes_s + host.node)
+            totals = rate * (totals_s + host.node * np.arange(stop))
             rounds, first_rounds = (
                 [
-                    rate * (self._passes_s(source, stop, num_spans, each) + round_s)
+                    rate * (self._passes_s(source, stop, num_spans, each) + host_s)
                     for source in range(len(self.drafters))
                 ]
-                for each in (1.0, fed)
+                for each, host_s in ((1.0, host.round), (fed, host.draft + host.round))
             )
             if probes:
                 # Of one node per sequence: larger probes of a good drafter took 5 % of all time.
@@ -162,12 +191,12 @@ class Controller:
             return Prices(slopes, totals, rounds, first_rounds)
 
         versions = tuple([times.version for times in (self.target, *self.drafters) if times])
-        asked = num_tokens, num_spans, stop, fed, rate, node_s, round_s, probes
+        asked = num_tokens, num_spans, stop, fed, rate, *host[2:], probes
         return self._kept(asked, versions, compute)
 
     def _probes(self, num_spans: int) -> bool:
         known = self._goodput.get(_bucket(num_spans))
-        return known is not None and known.num_plain % _PROBE_EVERY == 0 < known.num_plain
+        return known is not None and known.probes
 
     def _nodes_s(self, num_tokens: int, num_spans: int, stop: int) -> tuple[Floats, Floats]:
         """Seconds of the target: [stop] of one more node, [stop] of so many nodes together."""
@@ -207,7 +236,7 @@ class Controller:
         drafter = self.drafters[0]
         draft_s = _FREE_PASS_S if drafter is None else drafter.seconds(num_spans, num_spans)
         per_sequence = np.arange(max_nodes + 2) * num_spans
-        return draft_s + self._host_s[3], table[per_sequence]
+        return draft_s + self._host_s.round, table[per_sequence]
 
     def goodput(self, num_tokens: int, num_spans: int) -> float:
         """λ, tokens per second: what steps of this size brought, at least what plain ones do."""
@@ -219,8 +248,8 @@ class Controller:
 
     def plain_s(self, num_tokens: int, num_spans: int) -> float:
         """Seconds of a step without trees."""
-        step_s, span_s, _, _ = self._host_s
-        return self.target.seconds(num_tokens, num_spans) + step_s + span_s * num_spans
+        host = self._host_s
+        return self.target.seconds(num_tokens, num_spans) + host.step + host.span * num_spans
 
     def observe(self, load: StepLoad, *, decoding_only: bool) -> None:
         """Learn from a step.
@@ -229,12 +258,15 @@ class Controller:
         """
         if not decoding_only:
             return
-        for each in load.passes:
-            times = self.drafters[each.source]
-            if times is not None:
-                times.observe(each.num_tokens, each.seconds, each.num_spans)
+        is_cold = bool(load.passes) and not self._was_drafting
+        self._was_drafting = bool(load.passes)
+        if not is_cold:  # the first pass after plain steps takes several times as long as the next
+            for each in load.passes:
+                times = self.drafters[each.source]
+                if times is not None:
+                    times.observe(each.num_tokens, each.seconds, each.num_spans)
+            self._learn_host(load)
         self.target.observe(load.num_tokens, load.target_s, load.num_spans)
-        self._learn_host(load)
         # Seconds as the model has them, so that a busy machine does not look like a bad tree.
         seconds = self._step_s(load)
         self._bucket = _bucket(load.num_spans)
@@ -268,10 +300,12 @@ class Controller:
         return times.seconds(one.num_tokens, one.num_spans)
 
     def _step_s(self, load: StepLoad) -> float:
-        _, _, node_s, round_s = self._host_s
-        drafting = sum([self.pass_s(one) for one in load.passes])
-        drafting += node_s * load.num_nodes + round_s * len(load.passes)
-        return self.plain_s(load.num_tokens, load.num_spans) + drafting
+        plain_s = self.plain_s(load.num_tokens, load.num_spans)
+        if not load.passes:
+            return plain_s
+        host = self._host_s
+        drafting = sum([self.pass_s(one) + host.round for one in load.passes])
+        return plain_s + drafting + host.draft + host.node * load.num_nodes
 
     def _passes_s(self, source: int, stop: int, num_spans: int, fed: float) -> Floats:
         """[stop] seconds of a drafter's pass over 0, 1, … nodes of up to so many sequences.
@@ -299,14 +333,15 @@ class Controller:
         Normalised least mean squares in logarithms: a step moves what it was expected to take by
         `_HOST_RATE` of what was missing, however many costs share it.
         """
-        counts = (1, load.num_spans, load.num_nodes, len(load.passes))
+        num_passes = len(load.passes)
+        counts = (1, load.num_spans, load.num_nodes, num_passes > 0, num_passes)
         parts = [count * each for count, each in zip(counts, self._host_s, strict=True)]
         expected = sum(parts)
         missing = min(load.host_s, 3 * expected) / expected - 1  # a busy moment is no cost
         rate = _HOST_RATE * missing * expected / sum(part * part for part in parts)
-        self._host_s = [
+        self._host_s = _HostTimes._make(
             each * math.exp(rate * part) for each, part in zip(self._host_s, parts, strict=True)
-        ]
+        )
 
 
 def _round_up(stop: int) -> int:

@@ -14,6 +14,9 @@ _ENOUGH = 32
 _BLOCK = 8
 """Steps with trees, and without, before anything is said of them."""
 
+_AGAIN = 8
+"""Steps with trees after those that have lost."""
+
 _COLD = 3
 """Plain steps that do not count after others: the processor's caches are still full of drafting."""
 
@@ -51,6 +54,7 @@ class Trial:
     _num_plain: int = 0  # in a row
     _num_drafted: int = 0  # in a row
     _since_plain: int = _OFTEN - _ENOUGH
+    _enough: int = _ENOUGH
 
     def add(self, tokens: int, seconds: float, *, drafted: bool, expected: float) -> None:
         """Count a step, and decide whether the next ones go without a tree.
@@ -75,7 +79,7 @@ class Trial:
         self._since_plain += 1
         if self._num_drafted > 1:  # the first one catches up with what was not drafted
             self.drafted.append((tokens, seconds))
-        enough = len(self.drafted) >= _ENOUGH and self._since_plain >= _OFTEN
+        enough = len(self.drafted) >= self._enough and self._since_plain >= _OFTEN
         if enough and self._since_plain % _BLOCK == 0 and self._is_due(expected):
             self.rest = _COLD + _BLOCK
 
@@ -88,14 +92,16 @@ class Trial:
 
     def _judge(self) -> None:
         """With plain steps just taken: rest, the longer the oftener trees have lost."""
-        if len(self.drafted) < _ENOUGH:
+        if len(self.drafted) < self._enough:
             return
         if self.advantage < -_CLEAR:
             self.rest, self._next_rest = self._next_rest, min(_LONGEST_REST, 4 * self._next_rest)
             self.drafted.clear()
-            self._since_plain = _OFTEN - _ENOUGH
+            self._enough = _AGAIN
+            self._since_plain = _OFTEN - _AGAIN
         elif self.advantage > _CLEAR:
             self._next_rest = _SHORTEST_REST
+            self._enough = _ENOUGH
 
     @property
     def advantage(self) -> float:
