@@ -5,6 +5,7 @@ closes over pages and mask (or over nothing, in a test), so a chain and a tree l
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,67 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 q [n, heads, head_dim], k and v [n, kv_heads, head_dim] are views (strided), q and k are rotated.
 Its owner applies `architecture.scale` and `architecture.windows[layer]`.
 """
+
+
+class LayerOps(Protocol):
+    """What stands between the matrix products of one step; n are its tokens.
+
+    `PlainOps` is PyTorch's, on any device and with gradients; `run/fused.py` is ours for a GPU.
+    """
+
+    def add_norm(
+        self, hidden: Tensor, update: Tensor | None, norm: RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        """hidden + update, where there is one, and that normed: [n, hidden] each."""
+
+    def attend(self, layer: int, module: "DecoderLayer", qkv: Tensor) -> Tensor:
+        """Norm q and k where the layer does, rotate them, attend.
+
+        qkv      [n, (heads + 2 kv_heads) * head_dim]
+        returns  [n, heads * head_dim]
+        """
+
+    def gate(self, gate_up: Tensor, activation: str) -> Tensor:
+        """activation(gate) * up: [n, 2 inner] -> [n, inner]; names are those of `ACTIVATIONS`."""
+
+    def finish(self, hidden: Tensor, update: Tensor | None, norm: RMSNorm) -> Tensor:
+        """`add_norm`'s normed rows, as many of them as are wanted."""
+
+
+class PlainOps:
+    """PyTorch's operators, around an attention that is given q, k and v."""
+
+    def __init__(self, cos: Tensor, sin: Tensor, attend: Attend) -> None:
+        """cos, sin as `Rotary` gives them."""
+        self._cos, self._sin, self._attend = cos, sin, attend
+
+    def add_norm(
+        self, hidden: Tensor, update: Tensor | None, norm: RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        """See `LayerOps`."""
+        if update is not None:
+            hidden = hidden + update
+        return hidden, norm.forward(hidden)
+
+    def attend(self, layer: int, module: "DecoderLayer", qkv: Tensor) -> Tensor:
+        """See `LayerOps`."""
+        n, heads, kv_heads = qkv.shape[0], module.num_heads, module.num_kv_heads
+        qkv = qkv.view(n, heads + 2 * kv_heads, module.head_dim)
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if module.q_norm is not None and module.k_norm is not None:
+            qk = torch.cat((module.q_norm(qk[:, :heads]), module.k_norm(qk[:, heads:])), 1)
+        qk = rotate(qk, self._cos, self._sin)
+        mixed = self._attend(layer, qk[:, :heads], qk[:, heads:], v)
+        return mixed.reshape(n, heads * module.head_dim)
+
+    def gate(self, gate_up: Tensor, activation: str) -> Tensor:
+        """See `LayerOps`."""
+        gate, up = gate_up.chunk(2, -1)
+        return ACTIVATIONS[activation](gate) * up
+
+    def finish(self, hidden: Tensor, update: Tensor | None, norm: RMSNorm) -> Tensor:
+        """All rows."""
+        return self.add_norm(hidden, update, norm)[1]
 
 
 class DecoderLayer(nn.Module):
@@ -43,24 +105,20 @@ class DecoderLayer(nn.Module):
         inner = a.intermediate_size
         self.gate_up = Linear(a.hidden_size, (inner, inner), bias=a.mlp_bias)
         self.down = Linear(inner, (a.hidden_size,), bias=a.mlp_bias)
-        self.activation = ACTIVATIONS[a.activation]
+        self.activation = a.activation
 
     def forward(
-        self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend
-    ) -> Tensor:
-        """Map hidden [n, hidden] to the next; cos, sin as `Rotary` gives them."""
-        n, heads, kv_heads = hidden.shape[0], self.num_heads, self.num_kv_heads
-        qkv = self.qkv.forward(self.attention_norm.forward(hidden)).view(
-            n, heads + 2 * kv_heads, self.head_dim
-        )
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat((self.q_norm(qk[:, :heads]), self.k_norm(qk[:, heads:])), 1)
-        qk = rotate(qk, cos, sin)
-        mixed = attend(layer, qk[:, :heads], qk[:, heads:], v)
-        hidden = hidden + self.output.forward(mixed.reshape(n, heads * self.head_dim))
-        gate, up = self.gate_up.forward(self.mlp_norm.forward(hidden)).chunk(2, -1)
-        return torch.add(hidden, self.down.forward(self.activation(gate) * up))
+        self, layer: int, hidden: Tensor, update: Tensor | None, ops: LayerOps
+    ) -> tuple[Tensor, Tensor]:
+        """Map hidden [n, hidden], and what the layer before adds to it, to the same of this one.
+
+        The sum is left to whoever norms it, so that both are one pass over memory.
+        """
+        hidden, rows = ops.add_norm(hidden, update, self.attention_norm)
+        mixed = ops.attend(layer, self, self.qkv.forward(rows))
+        hidden, rows = ops.add_norm(hidden, self.output.forward(mixed), self.mlp_norm)
+        inner = ops.gate(self.gate_up.forward(rows), self.activation)
+        return hidden, self.down.forward(inner)
 
 
 class Decoder(nn.Module):
@@ -105,27 +163,40 @@ class Decoder(nn.Module):
             self._fill(seed)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Run the layers over flat tokens of any sequences.
+        """Run the layers over flat tokens of any sequences, by PyTorch's operators.
 
         tokens, positions  [n] int64
         returns            [n, hidden], after the final norm
+        """
+        cos, sin = self.rotary(positions, self.dtype)
+        return self.run_layers(tokens, PlainOps(cos, sin, attend))
+
+    def run_layers(self, tokens: Tensor, ops: LayerOps) -> Tensor:
+        """The same by any operators between the products.
+
+        tokens   [n] int64 or int32
+        returns  [rows, hidden]: those that `ops.finish` gives
         """
         if self._rows is not None:
             hidden = self._rows.rows(tokens)
         else:
             hidden = F.embedding(tokens, self.embedding.weight)
-        cos, sin = self.rotary(positions, hidden.dtype)
+        update: Tensor | None = None
         for layer, module in enumerate(self.layers):
-            hidden = module.forward(layer, hidden, cos, sin, attend)
-        return self.norm(hidden)  # type: ignore[no-any-return]
+            hidden, update = module.forward(layer, hidden, update, ops)
+        return ops.finish(hidden, update, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score the next token: hidden [m, hidden] -> [m, vocab] float32."""
-        if self.lm_head is not None:
-            return self.lm_head.forward(hidden, torch.float32)
-        if self.tied_head is not None:
-            return self.tied_head.multiply(hidden, dtype=torch.float32)
-        return F.linear(hidden, self.embedding.weight).float()
+        return self.scores(hidden).float()
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The logits in the type that the product gives them: float32, or hidden's."""
+        head = self.lm_head
+        packed = self.tied_head if head is None else head.packed
+        if packed is not None:
+            return packed.multiply(hidden, dtype=torch.float32)
+        return F.linear(hidden, self.embedding.weight if head is None else head.weight)
 
     def tie(self, weight: PackedRows) -> None:
         """Replace the tied embedding by a packed one, for look-ups and logits alike."""
