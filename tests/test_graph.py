@@ -36,9 +36,13 @@ from tests.test_runner import random_tokens, random_tree, tree_span
 
 pytest.importorskip("triton")
 
+# Padding attends to nothing, so its rows are whatever stood in memory: numpy would warn of them.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_SLOTS = 64
 TOLERANCE = 1e-5
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
 class Captures:
@@ -124,6 +128,38 @@ def test_steps_equal_the_runners(pages: Pages, changes: dict[str, object]) -> No
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"family": "Qwen2ForCausalLM", "tie_word_embeddings": True},
+        {"family": "Qwen3ForCausalLM", "head_dim": 20, "attention_bias": True},
+        {"family": "Qwen3ForCausalLM", "num_attention_heads": 3, "num_key_value_heads": 1},
+        {"hidden_act": "gelu", "mlp_bias": True, "hidden_size": 40},
+        {"hidden_act": "gelu_pytorch_tanh", "rope_parameters": YARN},
+        {"hidden_act": "relu", "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
+    ],
+    ids=str,
+)
+def test_every_kind_of_layer(changes: dict[str, object]) -> None:
+    rng = np.random.default_rng(0)
+    decoder, pages = toy_decoder(3, num_hidden_layers=2, **changes), run_pages(NUM_SLOTS)
+    plain, steps = Runner(decoder, NUM_SLOTS), steps_of(decoder, Captures())
+    tokens = random_tokens(rng, 5)
+    tree = random_tree(rng, 4, tokens[-1])
+    for span in (chain(tokens[:-1], pages, num_logits=2), tree_span(tokens, tree, pages)):
+        assert_close(run(steps, [span]), plain.run([span]))
+
+
+def test_padding_writes_to_its_own_slot_and_no_other() -> None:
+    pages = scattered_pages(8, 4, NUM_SLOTS)
+    steps = steps_of(toy_decoder(3, num_hidden_layers=2), Captures())
+    run(steps, [chain(random_tokens(np.random.default_rng(0), 5), pages)])
+    for layer in range(2):
+        for each in steps._pool.layer(layer):
+            written = (~each.isnan()).any(2).any(0).nonzero().flatten().tolist()
+            assert set(written) - {NUM_SLOTS} == {pages.slot(key) for key in range(5)}
 
 
 def test_requests_of_one_step_and_only_their_last_logits() -> None:

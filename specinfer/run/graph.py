@@ -25,7 +25,9 @@ from specinfer.cache.pool import KVPool
 from specinfer.models.decoder import Decoder
 from specinfer.ops.triton_attention import Layout, TritonPlan, partial_sums
 from specinfer.ops.triton_attention import lay_out as lay_out_attention
+from specinfer.ops.triton_layers import Places
 from specinfer.run.batch import Flat, Span, lay_out, slots_of
+from specinfer.run.fused import FusedOps
 
 LADDER = (0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of tokens, and of logits' rows, that steps are padded to."""
@@ -109,11 +111,15 @@ class DeviceSteps:
         self._logits = torch.empty(
             (LADDER[-1], a.vocab_size), dtype=torch.float32, device=decoder.device
         )
+        # A text has a slot for each position, and none behind those the model was built for.
+        tables = decoder.rotary.table(min(scratch, a.max_position_embeddings))
+        self._cos, self._sin = (table.to(decoder.device) for table in tables)
         self._graphs: dict[Shape, Replay] = {}
 
     def run(self, spans: ListLike[Span]) -> Tensor:
         """Compute spans as `Runner.run` does; the result is the caller's own."""
         flat = lay_out(spans)
+        assert max(flat.positions, default=0) < len(self._cos)
         num_tokens, num_rows = padded(len(flat.tokens)), padded(len(flat.rows))
         if num_tokens is None or num_rows is None:
             return self._run_eagerly(flat)
@@ -137,7 +143,7 @@ class DeviceSteps:
         shape = Shape(len(flat.tokens), len(flat.rows), layout.tile)
         numbers, start = pack(flat, layout, shape, self._scratch)
         on_device = torch.from_numpy(numbers).to(self._decoder.device, non_blocking=True)
-        return self._compute(shape, on_device, self._plan(layout, on_device[start:]))
+        return self._compute(shape, on_device, self._plan(layout, on_device[start:])).float()
 
     def _plan(
         self,
@@ -156,17 +162,17 @@ class DeviceSteps:
         )
 
     def _compute(self, shape: Shape, numbers: Tensor, plan: TritonPlan) -> Tensor:
-        """[shape.num_rows, vocab] float32, from nothing but what stands in `numbers`."""
+        """[shape.num_rows, vocab], from nothing but what stands in `numbers`."""
         sizes = (*(shape.num_tokens,) * 3, shape.num_rows)
-        tokens, positions, slots, rows = numbers[: sum(sizes)].long().split(sizes)
-        windows = self._decoder.architecture.windows
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._pool.write(layer, slots, k, v)
-            return plan(q, *self._pool.layer(layer), windows[layer])
-
-        hidden = self._decoder.forward(tokens, positions, attend)
-        return self._decoder.logits(hidden.index_select(0, rows))
+        tokens, positions, slots, rows = numbers[: sum(sizes)].split(sizes)
+        ops = FusedOps(
+            pool=self._pool,
+            plan=plan,
+            windows=self._decoder.architecture.windows,
+            places=Places(positions, slots, self._cos, self._sin),
+            rows=rows,
+        )
+        return self._decoder.scores(self._decoder.run_layers(tokens, ops))
 
 
 def device_steps(decoder: Decoder, pool: KVPool, *, scratch: int) -> DeviceSteps | None:
