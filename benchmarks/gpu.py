@@ -4,9 +4,10 @@
     python -m benchmarks.gpu --device cpu --model pair --quick     # tries the program itself
 
 Parts, in this order: kernel (attention against a float32 reference), floor (bandwidth; plain
-decoding against the time the weights take to stream; a step by its nodes), decoding (trees, plain,
-transformers plain and assisted, by turns), batches (1 to 64, `auto` against plain). The file is
-written after each part; parts that would begin after `--minutes` are left out, and it says so.
+decoding against the time the weights take to stream; a step by its nodes), layers (our kernels
+between the products beside PyTorch's operators), decoding (trees, plain, transformers plain and
+assisted, by turns), batches (1 to 64, `auto` against plain). The file is written after each part;
+parts that would begin after `--minutes` are left out, and it says so.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from rich.table import Table
 from benchmarks import write_result
 from benchmarks.kernel import KernelSize, copy_bandwidth, measure_kernel
 from benchmarks.latency import MODELS, Ours, Row, resolve, table
+from benchmarks.layers import measure_layers
 from benchmarks.prompts import load_chats
 from benchmarks.throughput import Row as BatchRow
 from benchmarks.throughput import compare
@@ -37,7 +39,7 @@ from specinfer.llm import LLM
 from specinfer.models.decoder import Decoder
 from specinfer.models.weights import resolve_model
 
-PARTS = ("kernel", "floor", "decoding", "batches")
+PARTS = ("kernel", "floor", "layers", "decoding", "batches")
 TREES = ("calibrated", "auto", "1,1,3,1,1,1,1,1", "1,1,1,1,1,1,1,1")
 STEP_NODES = (1, 2, 4, 8, 16, 32, 64)
 TEMPERATURES = (0.0, 0.8)
@@ -48,6 +50,7 @@ class Size:
     """How much is measured."""
 
     kernel: KernelSize = field(default_factory=KernelSize)
+    layer_nodes: tuple[int, ...] = (1, 32)
     prompts: int = 6
     tokens: int = 64
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -56,6 +59,7 @@ class Size:
 
 QUICK = Size(
     kernel=KernelSize(2**24, keys=300, heads=4, kv_heads=2, head_dim=16, repeats=2),
+    layer_nodes=(1,),
     prompts=2,
     tokens=16,
     batches=(1, 2),
@@ -187,10 +191,10 @@ def show(result: Result, console: Console, title: str) -> None:
     from rich.box import MARKDOWN
 
     parts = result.parts
-    if "kernel" in parts:
-        names = list(parts["kernel"][0])
-        grid = Table(*names, title="attention, bfloat16", box=MARKDOWN)
-        for row in parts["kernel"]:
+    titles = {"kernel": "attention, bfloat16", "layers": "between the products"}
+    for part in (part for part in titles if part in parts):
+        grid = Table(*parts[part][0], title=titles[part], box=MARKDOWN)
+        for row in parts[part]:
             grid.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()))
         console.print(grid)
     if "floor" in parts:
@@ -312,6 +316,11 @@ class Measurement:
             "step_s": steps,
             "floor_over_step": floor_s / steps[1],
         }
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Steps with our kernels between their products, and with PyTorch's operators."""
+        runner = self.ours.llm.engine.target
+        return measure_layers(runner, self.size.layer_nodes, self.size.kernel.repeats)
 
     def decoding(self) -> list[Row]:
         """One request at a time, beside transformers."""

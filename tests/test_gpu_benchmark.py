@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, layers
 from benchmarks.kernel import Case, segments_of
+from benchmarks.layers import PlainSteps, steps_of
+from benchmarks.roofline import tree_span
 from specinfer.ops.attention import attention_reference
+from specinfer.run.graph import DeviceSteps
+from specinfer.run.runner import Runner
 from tests.engines import toy_decoder
 
 
@@ -43,3 +47,21 @@ def test_the_kernels_cases_are_what_they_say() -> None:
     assert [isinstance(segment.slots, slice) for segment in segments] == [True, False, True]
     q, pages = torch.randn(15, 2, 4), torch.randn(2, 36, 4)
     assert torch.isfinite(attention_reference(q, pages, pages, segments, 0.5)).all()
+
+
+@torch.inference_mode()
+def test_both_kinds_of_steps_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(layers, "_TURNS", 1)
+    decoder = toy_decoder(max_position_embeddings=256)
+    runner = Runner(decoder.cuda() if torch.cuda.is_available() else decoder, 160)
+    for layer in range(decoder.architecture.num_layers):
+        for pages in runner.pool.layer(layer):
+            pages.zero_()
+    ours, plain = (
+        steps_of(kind, runner).run([tree_span(4, runner.vocab_size)])
+        for kind in (DeviceSteps, PlainSteps)
+    )
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    (row,) = layers.measure_layers(runner, (1,), repeats=1)
+    assert row["torch_over_ours"] > 0

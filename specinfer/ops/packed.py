@@ -27,4 +27,4 @@ class PackedRows(PackedWeight):
 
     @abstractmethod
     def rows(self, indices: Tensor) -> Tensor:
-        """The weight's rows at indices [n] int64: [n, inputs], exactly."""
+        """The weight's rows at indices [n] int64 or int32: [n, inputs], exactly."""
