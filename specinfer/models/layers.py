@@ -33,12 +33,11 @@ class Linear(nn.Module):
         self.bias: Tensor | None = nn.Parameter(torch.empty(sum(widths))) if bias else None
         self.packed: PackedWeight | None = None
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Map x [n, inputs] to [n, sum(widths)], in x's type or `dtype`."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [n, inputs] to [n, sum(widths)], in x's type."""
         if self.packed is not None:
-            return self.packed.multiply(x, self.bias, dtype=dtype)
-        out = F.linear(x, self.weight, self.bias)
-        return out if dtype is None else out.to(dtype)
+            return self.packed.multiply(x, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
     def pack(self, weight: PackedWeight) -> None:
         """Replace the weight by a packed one, which cannot be trained or saved from here."""
