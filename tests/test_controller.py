@@ -292,7 +292,7 @@ def test_a_drafted_node_ends_the_rest(resting: tuple[Machine, Controller]) -> No
 
 
 def test_a_probe_is_priced_lower(resting: tuple[Machine, Controller]) -> None:
-    """Now and then, in a row of steps without a node, so that a drafter may show that it has changed."""
+    """Now and then, where nothing is drafted, so that a drafter may show that it has changed."""
     machine, controller = resting
     prices: dict[int, Prices] = {}
     for number in range(20, 20 + 2 * module._PROBE_EVERY):

@@ -80,9 +80,7 @@ def test_pools_grow_alike(seed, is_calibrated):
         for pool in pools:
             if number == 2:  # as several drafters' guesses come
                 new = [
-                    Guess(
-                        0, each.row, each.request, 7, each.depth + 1, 1, 0, 0, each.value / 2, 0.5
-                    )
+                    Guess(0, o.row, o.request, 7, o.depth + 1, 1, 0, 0, o.value / 2, 0.5)
                     for o in offers[1:]
                 ]
                 pool.append(rows, new)
