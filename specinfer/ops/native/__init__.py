@@ -179,7 +179,9 @@ class NativeWeight(PackedWeight):
     def of_int8(cls, values: Tensor, scales: Tensor) -> "NativeWeight":
         """From values [outputs, inputs] int8 and scales [outputs, 1] float32."""
         weight = cls(_INT8, values.shape, _panels(values))
-        offsets = values.sum(-1, dtype=torch.int32).mul_(128)
+        # In parts, since a sum converts all it adds first.
+        sums = [part.sum(-1, dtype=torch.int32) for part in values.split(_WIDTH)]
+        offsets = torch.cat(sums).mul_(128)
         scales = scales.flatten().float().contiguous()
         weight._kept += [offsets, scales]
         weight._struct.offsets, weight._struct.scales = offsets.data_ptr(), scales.data_ptr()
@@ -188,20 +190,9 @@ class NativeWeight(PackedWeight):
     @classmethod
     def of_int4(cls, values: Tensor, scales: Tensor) -> "NativeWeight":
         """From values [outputs, inputs] int8 in -8…7 and scales [outputs, groups] float32."""
-        outputs, inputs = values.shape
-        missing = -outputs % _WIDTH
-        panels = torch.empty(
-            (outputs + missing) // _WIDTH, inputs // _INT4_STEP, 2, 16, 2, dtype=torch.int16
-        )
-        units = torch.tensor([1, 16, 256, 4096], dtype=torch.int32)
-        for panel in range(len(panels)):
-            part = values[panel * _WIDTH :][:_WIDTH]
-            part = F.pad(part, (0, 0, 0, _WIDTH - part.shape[0])).to(torch.int32).add_(8)
-            # [outputs 2 16, steps, nibbles 4, pairs 2] -> [steps, 2, 16, pairs]
-            nibbles = part.view(2, 16, -1, 4, 2).permute(2, 0, 1, 4, 3)
-            panels[panel] = (nibbles * units).sum(-1).to(torch.int16)
-        weight = cls(_INT4, values.shape, panels, group_size=inputs // scales.shape[1])
-        columns = F.pad(scales.float(), (0, 0, 0, missing)).t().contiguous()
+        inputs, groups = values.shape[1], scales.shape[1]
+        weight = cls(_INT4, values.shape, _panels(_nibbles(values)), group_size=inputs // groups)
+        columns = F.pad(scales.float(), (0, 0, 0, -len(scales) % _WIDTH)).t().contiguous()
         weight._kept.append(columns)
         weight._struct.scales = columns.data_ptr()
         return weight
@@ -262,6 +253,23 @@ class NativeRows(NativeWeight, PackedRows):
 def _floats(weight: Tensor) -> tuple[int, torch.Size, Tensor]:
     kind = _FLOAT32 if weight.dtype == torch.float32 else _BFLOAT16
     return kind, weight.shape, _panels(weight)
+
+
+def _nibbles(values: Tensor) -> Tensor:
+    """[outputs, inputs] int8 in -8…7 -> [outputs, inputs / 8] words, with 8 added to each value.
+
+    A word has inputs 0, 2, 4 and 6 in its lower half, from the lowest bits on, then 1, 3, 5 and 7.
+    """
+    words = torch.empty(values.shape[0], values.shape[1] // _INT4_STEP, dtype=torch.int32)
+    for part, to in zip(values.split(_WIDTH), words.split(_WIDTH), strict=True):
+        # Eight bytes are one number; shifted, byte i has inputs i and i + 2. Of bytes 0, 1, 4 and 5
+        # the word is made.
+        bits = part.contiguous().add(8).view(torch.int64)
+        bits.bitwise_or_(bits >> 12)
+        pairs = bits.view(torch.int32).bitwise_and_(0xFFFF)
+        spread = pairs.bitwise_or_(pairs << 8).bitwise_and_(0xFF00FF).view(*bits.shape, 2)
+        torch.bitwise_or(spread[..., 0], spread[..., 1] << 8, out=to)
+    return words
 
 
 def _panels(weight: Tensor) -> Tensor:
