@@ -129,6 +129,35 @@ def test_int4_errs_less_than_plain_rounding(group_size):
     assert (meant - w).square().sum() < 0.9 * (plain - w).square().sum()
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_the_kernel_rounds_to_int4_as_plain_pytorch_to_the_bit(group_size, dtype):
+    w = torch.cat((random(37, 5 * group_size), random(11, 5 * group_size, seed=1) ** 5))
+    w[3], w[4, ::2], w[5] = 0.0, -0.0, 1.0
+    w[6:9] *= torch.tensor([[1e-3], [1e-31], [1e-42]])
+    w[9:12] *= torch.tensor([[1e4], [1e17], [1e30]])
+    w[12], w[13, ::2] = random(5 * group_size).sign(), -3.0  # extremes of both signs, equally far
+    w[14, ::3], w[15] = 8.5, (torch.arange(5 * group_size) % 16 - 8).float()  # ties
+    w = w.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+    w[16, 0], w[17, 1], w[18, 2] = torch.inf, -torch.inf, torch.nan
+    for each in (w, w[:1, :group_size], w[:, group_size : 2 * group_size], w[:0]):
+        values, scales = quantize_int4(each, group_size)
+        expected = quantize_int4(each, group_size, fast=False)
+        assert torch.equal(values, expected[0])
+        assert torch.equal(scales.view(torch.int32), expected[1].view(torch.int32))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_group_that_is_not_finite_is_not_rounded_to_what_is(fast):
+    w = random(4, 64)
+    w[1, 3], w[2, 40] = torch.nan, torch.inf
+    values, scales = quantize_int4(w, 32, fast=fast)
+    expected = [[False, False], [True, False], [False, True], [False, False]]
+    assert scales.isnan().tolist() == expected
+    y = pack_int4(values, scales, dtype=torch.float32).multiply(random(3, 64))
+    assert y.isfinite().all(0).tolist() == [True, False, False, True]
+
+
 def test_zeros_stay_zeros():
     zeros = torch.zeros(32, 64)
     for values, scales in (quantize_int8(zeros), quantize_int4(zeros, 32)):
@@ -140,7 +169,7 @@ def test_zeros_stay_zeros():
 
 def test_large_weights_are_rounded_in_parts(monkeypatch):
     w = random(50, 64)
-    whole = quantize_int8(w) + quantize_int4(w, 32)
+    whole = quantize_int8(w) + quantize_int4(w, 32, fast=False)
     monkeypatch.setattr("specinfer.ops.quantized._CHUNK", 7 * 64)
-    parts = quantize_int8(w) + quantize_int4(w, 32)
+    parts = quantize_int8(w) + quantize_int4(w, 32, fast=False)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))

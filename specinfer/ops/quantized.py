@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specinfer.ops.linear import STREAMING_ROWS, padded
-from specinfer.ops.native import NativeWeight, kernels
+from specinfer.ops.native import NativeWeight, kernels, round_int4
 from specinfer.ops.packed import PackedWeight
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()
@@ -32,7 +32,7 @@ _ZERO = 128
 """oneDNN's fast kernel takes activations without a sign: 128 stands for 0."""
 _SMALLEST = 1e-30
 """Scales are never 0: a row of zeros is zeros in any scale."""
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 """Weights quantised at a time, so that what is computed on the way stays in a cache."""
 _INT4_COLUMNS = 16
 """torch packs int4 weights of a multiple of so many outputs."""
@@ -60,15 +60,19 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def quantize_int4(weight: Tensor, group_size: int, *, fast: bool = True) -> tuple[Tensor, Tensor]:
     """Round a weight to int4 with one scale per group of inputs.
 
-    Of the scales tried a group has the one with the least sum of squared errors.
+    Of the scales tried a group has the one with the least sum of squared errors, and NaN where that
+    is never finite.
 
-    weight   [outputs, inputs], inputs a multiple of group_size
+    weight   [outputs, inputs], inputs a multiple of group_size, which is a power of two
+    fast     False: in plain PyTorch, the same bits
     returns  values [outputs, inputs] int8 in -8…7, scales [outputs, inputs / group_size] float32,
              of either sign and few enough bits that value times scale is exact in bfloat16
     """
+    if fast and (found := round_int4(weight, group_size)) is not None:
+        return found
     outputs, inputs = weight.shape
     values = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(outputs, inputs // group_size)
@@ -77,11 +81,11 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         low, high = part.aminmax(dim=-1, keepdim=True)
         extreme = torch.where(high > -low, high, low)
         best = torch.full_like(extreme, torch.inf)
-        scale, kept = torch.zeros_like(extreme), torch.zeros_like(part)
+        scale, kept = torch.full_like(extreme, torch.nan), torch.zeros_like(part)
         for divisor in _INT4_DIVISORS:
             tried = _few_bits(extreme / -divisor)
             rounded = (part / tried).round_().clamp_(-8, 7)
-            error = (rounded * tried - part).square_().sum(-1, keepdim=True)
+            error = _fold((rounded * tried).sub_(part).square_())
             is_better = error < best
             best = torch.where(is_better, error, best)
             scale = torch.where(is_better, tried, scale)
@@ -270,6 +274,13 @@ def has_vnni() -> bool:
 def _row_chunks(weight: Tensor) -> list[slice]:
     rows = max(1, _CHUNK // max(1, weight.shape[1]))
     return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
+
+
+def _fold(x: Tensor) -> Tensor:
+    """[..., a power of two] → [..., 1]: sums, in an order that is the same everywhere."""
+    while (size := x.shape[-1]) > 1:
+        x = x[..., : size // 2] + x[..., size // 2 :]
+    return x
 
 
 def _few_bits(scales: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
 """By their number in decoder.cpp."""
 _MOST_HEAD_DIM = 512
 _MOST_GROUPS = 128
+_ROUNDED_GROUPS = (32, 64, 128)
 
 
 class Kernels:
@@ -87,6 +88,9 @@ class Kernels:
             self.floats.add(torch.bfloat16)
         self.int8 = bool(found & 4) and not has_tiles()
         self.pack = _function(library, "pack", (c_void_p, *[c_int64] * 3, c_void_p, c_int))
+        self.round_int4 = _function(
+            library, "round_int4", (c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int)
+        )
         self.multiply = _function(
             library,
             "multiply",
@@ -148,6 +152,22 @@ def can_attend(dtype: torch.dtype, head_dim: int, num_groups: int) -> bool:
         and head_dim <= _MOST_HEAD_DIM
         and num_groups <= _MOST_GROUPS
     )
+
+
+def round_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor] | None:
+    """`quantize_int4` of ops/quantized.py to the bit, or None for what no kernel rounds."""
+    found = kernels()
+    if found is None or weight.device.type != "cpu" or group_size not in _ROUNDED_GROUPS:
+        return None
+    weight = (weight if weight.dtype in _KIND_TYPES.values() else weight.float()).contiguous()
+    outputs, groups = weight.shape[0], weight.shape[1] // group_size
+    values = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(outputs, groups)
+    found.round_int4(
+        *(weight.data_ptr(), weight.dtype == torch.bfloat16, outputs * groups, group_size),
+        *(values.data_ptr(), scales.data_ptr(), torch.get_num_threads()),
+    )
+    return values, scales
 
 
 class NativeWeight(PackedWeight):

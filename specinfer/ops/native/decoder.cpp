@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "guesses.h"
+#include "rounding.h"
 
 enum Activation : int64_t { SILU, RELU, GELU, GELU_TANH };
 
@@ -378,6 +379,17 @@ void specinfer_pack(const int32_t *from, int64_t stride, int64_t rows, int64_t w
             for (int64_t i = 0; i < 16 && k + i < words; i++)
                 _mm512_store_si512(to + (half / 2 * words + k + i) * WIDTH + half % 2 * 16, block[i]);
         }
+}
+
+// weight [groups][group_size] of 32, 64 or 128 -> values alike, scales [groups]
+void specinfer_round_int4(const void *weight, int is_bfloat16, int64_t groups, int64_t group_size,
+                          int8_t *values, float *scales, int threads) {
+    using rounding::round_groups;
+    if (is_bfloat16) {
+        auto from = static_cast<const bfloat16 *>(weight);
+        return round_groups(from, groups, group_size, values, scales, threads);
+    }
+    round_groups(static_cast<const float *>(weight), groups, group_size, values, scales, threads);
 }
 
 // Returns whether it was computed: not where a token is none of the vocabulary's.
