@@ -19,11 +19,11 @@ from rich.table import Table
 from benchmarks import write_result
 from benchmarks.latency import MODELS, resolve
 from benchmarks.peer_ours import PRECISIONS
+from benchmarks.quantization import load
 from benchmarks.roofline import PREFIX, tree_span
 from specinfer.bench import Spread
 from specinfer.cache.blocks import Pages
-from specinfer.models.quantization import QUANTIZATIONS
-from specinfer.models.weights import load_decoder, resolve_model
+from specinfer.models.weights import resolve_model
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
 
@@ -55,14 +55,6 @@ def without_ours() -> Iterator[None]:
         yield
 
 
-def load(folder: Path, precision: str) -> Runner:
-    """A model with pages for what is measured."""
-    options = PRECISIONS[precision]
-    scheme = QUANTIZATIONS.get(options.get("quantization", ""))
-    decoder = load_decoder(folder, dtype=options["dtype"], quantization=scheme)
-    return Runner(decoder, PROMPT + PREFIX)
-
-
 def measure(ours: Runner, theirs: Runner, span: Span, seconds: float) -> Row:
     """Steps in turns for so many seconds, the first pair not counted."""
     times: dict[Runner, list[float]] = {ours: [], theirs: []}
@@ -89,11 +81,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = resolve_model(resolve(args.model, "bare")[0])
-    ours = load(folder, args.precision)
+    options, num_slots = PRECISIONS[args.precision], PROMPT + PREFIX
+    ours = load(folder, num_slots, **options)
     if ours.native is None:
         raise SystemExit("there are no kernels of ours here")
     with without_ours():
-        theirs = load(folder, args.precision)
+        theirs = load(folder, num_slots, **options)
     spans = [tree_span(nodes, ours.vocab_size) for nodes in NODES]
     prompt = list(range(4, 4 + PROMPT))
     spans.append(Span(prompt, range(PROMPT), Pages(range(PROMPT), 1), 0, 0, None, 1))

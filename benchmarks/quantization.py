@@ -47,16 +47,16 @@ BUDGET = 32
 PARTS = ("perplexity", "efficiency", "times")
 
 
-def load(name: str, folder: Path, num_slots: int) -> Runner:
-    """A model rounded while it is read, with pages."""
-    scheme = None if name == PLAIN else QUANTIZATIONS[name]
-    return Runner(load_decoder(folder, quantization=scheme), num_slots)
+def load(folder: Path, num_slots: int, *, dtype: str = "auto", quantization: str = PLAIN) -> Runner:
+    """A model, rounded while it is read, with pages for what is measured."""
+    scheme = None if quantization == PLAIN else QUANTIZATIONS[quantization]
+    return Runner(load_decoder(folder, dtype=dtype, quantization=scheme), num_slots)
 
 
 def perplexity(name: str, num_conversations: int | None) -> dict[str, Any]:
     """Of all tokens but the first of each conversation, cut to what the target was made for."""
     folder = resolve_model(TARGET)
-    tokenizer, runner = Tokenizer.from_folder(folder), load(name, folder, MAX_LEN)
+    tokenizer, runner = Tokenizer.from_folder(folder), load(folder, MAX_LEN, quantization=name)
     pages = BlockAllocator(MAX_LEN, 1).allocate(MAX_LEN)
     assert pages is not None
     total, num_tokens = 0.0, 0
@@ -99,7 +99,8 @@ def step(runner: Runner, num_nodes: int) -> Callable[[], None]:
 
 def times(names: Sequence[str], model: Path, rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of a step, and the ratio to the first scheme's right beside it."""
-    runners = {name: load(name, model, CONTEXT + max(NODES)) for name in names}
+    num_slots = CONTEXT + max(NODES)
+    runners = {name: load(model, num_slots, quantization=name) for name in names}
     for runner in runners.values():
         for layer in range(runner.decoder.architecture.num_layers):
             for pages in runner.pool.layer(layer):
