@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specinfer.ops.linear import BlockedWeight, can_pack, has_native, pack, padded
+from specinfer.ops.linear import BlockedWeight, can_pack, computes_in, kernel_rows, pack
 from specinfer.ops.native import NativeWeight, kernels
 
 CPU = torch.device("cpu")
@@ -63,10 +63,10 @@ def strided_inputs(rows, inputs, dtype, generator):
 
 
 def test_few_numbers_of_rows_are_multiplied() -> None:
-    sizes = {rows: padded(rows) for rows in range(1, 2049)}
+    sizes = {rows: kernel_rows(rows) for rows in range(1, 2049)}
     assert len(set(sizes.values())) == 128
     assert all(rows <= size <= rows * 17 / 16 for rows, size in sizes.items())
-    assert [padded(rows, fewest_rows=6) for rows in (1, 6, 7, 65)] == [6, 6, 7, 68]
+    assert [kernel_rows(rows, fewest_rows=6) for rows in (1, 6, 7, 65)] == [6, 6, 7, 68]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -103,4 +103,4 @@ def test_our_weights_refuse_what_they_would_misread(dtype):
 def test_only_measured_types_are_blocked():
     assert not can_pack(torch.float16, CPU)
     assert not can_pack(torch.bfloat16, torch.device("cuda"))
-    assert has_native(torch.bfloat16, torch.device("cuda"))
+    assert computes_in(torch.bfloat16, torch.device("cuda"))

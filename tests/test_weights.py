@@ -104,7 +104,7 @@ def test_blocked_weights_compute_the_same(tmp_path):
     ],
 )
 def test_dtype(tmp_path, monkeypatch, stored, said, asked, became):
-    monkeypatch.setattr(weights, "has_native", lambda dtype, device: True)
+    monkeypatch.setattr(weights, "computes_in", lambda dtype, device: True)
     decoder = write_checkpoint(tmp_path, dtype=stored)
     config = toy_config() | ({} if said is None else {"dtype": said})
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -116,7 +116,7 @@ def test_dtype(tmp_path, monkeypatch, stored, said, asked, became):
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_auto_is_float32_where_the_processor_lacks_the_type(tmp_path, monkeypatch, stored):
     decoder = write_checkpoint(tmp_path, dtype=stored, torch_dtype=str(stored))
-    monkeypatch.setattr(weights, "has_native", lambda dtype, device: False)
+    monkeypatch.setattr(weights, "computes_in", lambda dtype, device: False)
     loaded = load_decoder(tmp_path, packed=False)
     assert loaded.dtype == torch.float32
     assert_same(loaded, decoder)

@@ -34,7 +34,7 @@ from specinfer.models.quantization import (
     resolve_quantization,
     stored_shapes,
 )
-from specinfer.ops.linear import can_pack, can_pack_rows, has_native, pack, pack_rows
+from specinfer.ops.linear import can_pack, can_pack_rows, computes_in, pack, pack_rows
 from specinfer.ops.packed import PackedWeight
 from specinfer.ops.quantized import pack_int4, pack_int8
 
@@ -377,7 +377,7 @@ def _resolve_dtype(dtype: str | torch.dtype, stored: str, device: torch.device) 
             raise UnsupportedModelError(
                 f"the checkpoint has dtype={stored!r}: set dtype to one of {', '.join(DTYPES)}"
             )
-        if kind.itemsize == 2 and not has_native(kind, device):
+        if kind.itemsize == 2 and not computes_in(kind, device):
             return torch.float32
         return kind
     kind = DTYPES.get(str(dtype).removeprefix("torch."))

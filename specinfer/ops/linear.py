@@ -48,16 +48,16 @@ class BlockedWeight(PackedWeight):
     def multiply(
         self, x: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """As the base class says; `padded` rows are multiplied, zeros below x."""
+        """As the base class says; `kernel_rows` are multiplied, zeros below x."""
         rows = x.shape[0]
-        size = padded(rows, self._fewest_rows)
+        size = kernel_rows(rows, self._fewest_rows)
         if size > rows > 0:
             x = F.pad(x, (0, 0, 0, size - rows))
         out: Tensor = _multiply(x, self._blocked, bias, "none", _NO_SCALARS, "")[:rows]
         return out if dtype is None else out.to(dtype)
 
 
-def padded(rows: int, fewest_rows: int = 1) -> int:
+def kernel_rows(rows: int, fewest_rows: int = 1) -> int:
     """How many rows are multiplied where so many are asked for: at most 1/16 more above 32.
 
     oneDNN makes a kernel for every number of rows and shape of weight: 0.5 ms at its first use,
@@ -70,7 +70,7 @@ def padded(rows: int, fewest_rows: int = 1) -> int:
     return -(-rows // unit) * unit
 
 
-def has_native(dtype: torch.dtype, device: torch.device) -> bool:
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the device multiplies a two-byte float itself, rather than by way of float32."""
     if device.type != "cpu":
         return True
@@ -123,5 +123,5 @@ def _can_block(dtype: torch.dtype) -> bool:
     if not _HAS_ONEDNN or platform.machine().lower() not in ("x86_64", "amd64"):
         return False  # not measured elsewhere
     return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and has_native(dtype, torch.device("cpu"))
+        dtype == torch.bfloat16 and computes_in(dtype, torch.device("cpu"))
     )

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specinfer.ops.linear import STREAMING_ROWS, padded
+from specinfer.ops.linear import STREAMING_ROWS, kernel_rows
 from specinfer.ops.native import NativeWeight, kernels, round_int4
 from specinfer.ops.packed import PackedWeight
 
@@ -178,7 +178,7 @@ class Int8Weight(PackedWeight):
         rows, dtype = x.shape[0], dtype or x.dtype
         if rows == 0:
             return x.new_empty(0, self._num_outputs, dtype=dtype)
-        if (size := padded(rows, self._fewest_rows)) > rows:
+        if (size := kernel_rows(rows, self._fewest_rows)) > rows:
             x = F.pad(x, (0, 0, 0, size - rows))
         a, scale = quantize_tokens(x)
         out = self._integers(a).mul_(scale)[:rows]
