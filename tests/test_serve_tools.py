@@ -1,6 +1,7 @@
 """Tools, log-probabilities and prompts over a model that says what the test says."""
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 from specinfer.async_llm import AsyncLLM
 from specinfer.serve.tools import detect_format
 from specinfer.structured import StructuredOutputsParams
-from tests.serving import MODEL, Scripted, entry, post, service_of, serving
+from tests.serving import MODEL, Scripted, entry, post, service_of, serving, until
 
 TEMPLATE = (
     "{% if tools %}{% for tool in tools %}[{{ tool.function.name }}: "
@@ -317,6 +318,47 @@ def test_what_is_asked_of_strict_tools(url: str, llm: Scripted) -> None:
         answer = post(url, "/v1/chat/completions", body | more)
         assert answer.status_code == 400
         assert words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", "named"])
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"uniqueItems": True}, "properties.age has 'uniqueItems', which cannot be kept"),
+        ({"type": "string", "pattern": "("}, "the schema cannot be compiled: "),
+    ],
+)
+def test_a_schema_that_cannot_be_kept_is_told_of_with_its_tool(
+    real: AsyncLLM, schema: dict[str, Any], words: str, choice: str
+) -> None:
+    function = {"name": "birthday", "parameters": PERSON | {"properties": {"age": schema}}}
+    wrong = {"type": "function", "function": function | {"strict": True}}
+    named = {"type": "function", "function": {"name": "birthday"}}
+    body = {
+        "messages": ASK,
+        "tools": [STRICT, wrong],
+        "tool_choice": named if choice == "named" else choice,
+    }
+    with serving(service_of(real)) as url:
+        answer = post(url, "/v1/chat/completions", body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"].startswith("the parameters of the function 'birthday': " + words)
+    assert error["param"] == "tools"
+
+
+def test_schemas_that_take_too_long_are_told_of_with_their_tools(
+    real: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, go_on = service_of(real, grammar_timeout_s=0.02), threading.Event()
+    monkeypatch.setattr(real.llm.engine.constraints, "prepare", lambda params: go_on.wait(60))
+    with serving(service) as url:
+        answer = post(url, "/v1/chat/completions", {"messages": ASK, "tools": [STRICT, WEATHER]})
+        go_on.set()
+        until(lambda: not service._compiling)
+    message = answer.json()["error"]["message"]
+    words = "the parameters of the function 'get_weather': the schema takes longer than 0.02 s"
+    assert message.startswith(words)
 
 
 def test_structural_tags_by_both_names(url: str, llm: Scripted) -> None:

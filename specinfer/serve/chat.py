@@ -6,8 +6,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from specinfer.errors import RequestError
 from specinfer.request import CompletionOutput, RequestOutput
 from specinfer.serve.deltas import Delta, Sent
+from specinfer.serve.errors import ApiError
 from specinfer.serve.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from specinfer.serve.params import chat_params, check_stream
 from specinfer.serve.prompts import chat_prompt
@@ -32,7 +34,10 @@ async def create_chat_completion(service: Service, body: ChatRequest, request: R
     text = await asyncio.to_thread(chat_prompt, tokenizer, body, tools.prompt_tools())
     prompt = await service.encode(text, add_special_tokens=body.add_special_tokens is True)
     answer_id = f"chatcmpl-{request.state.request_id}"
-    run = await service.start([prompt], params, answer_id, request.state, text)
+    try:
+        run = await service.start([prompt], params, answer_id, request.state, text)
+    except (ApiError, RequestError) as error:
+        raise await tools.explained(error, params, service.prepare) from None
     shape = ChatShape(body, tools, service.token_names(as_ids=body.return_tokens_as_token_ids))
     return await respond(service, run, shape, body, request, {"id": answer_id, "model": model})
 

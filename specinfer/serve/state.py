@@ -102,7 +102,7 @@ class Service:
         for prompt in prompts:
             check_room(self.llm.llm, len(prompt), params, self.settings.max_prompt_tokens)
         num = len(prompts) * params.n
-        await self._prepare(params)
+        await self.prepare(params)
         self._check_places(num)
         name = f"{answer_id}/{next(self._numbers)}"  # clients may send one id twice
         stream = self.llm.submit([(prompt, params) for prompt in prompts], name)
@@ -125,7 +125,7 @@ class Service:
         spent_s: float = time.perf_counter() - state.arrival_s
         return asyncio.get_running_loop().time() + timeout_s - spent_s
 
-    async def _prepare(self, params: SamplingParams) -> None:
+    async def prepare(self, params: SamplingParams) -> None:
         """Compile what a request's output must be, within a time, and not too many at once.
 
         What takes longer goes on, for it cannot be interrupted, and keeps its place.

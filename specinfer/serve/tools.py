@@ -1,9 +1,12 @@
 """What a request's tools mean: for the chat template, for the law, and for reading the answer."""
 
+import re
 import secrets
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from specinfer.errors import ConfigError, RequestError
 from specinfer.request import SamplingParams
 from specinfer.serve.callgrammar import ANY_OBJECT, calls_schema, calls_tag, parameters_of
 from specinfer.serve.errors import ApiError
@@ -101,14 +104,29 @@ class ToolUse:
         """
         return {"skip_special_tokens": False} if self.choice == "auto" else {}
 
+    @property
+    def held_tools(self) -> list[Tool]:
+        """Those whose calls are held to their schemas."""
+        if self.choice == "auto":
+            return [tool for tool in self.tools if tool.function.strict]
+        if self.choice == "named":
+            return [tool for tool in self.tools if tool.function.name == self.name]
+        return list(self.tools)
+
     def held(self, params: SamplingParams) -> SamplingParams:
         """The same parameters, with calls held to their schemas.
 
         A call that must come always is, one that may come where a tool is strict. Where the answer
         has a schema, either it comes or calls do.
-        raises  ApiError for shapes of the answer that leave no room for calls
+        raises  ApiError for shapes of the answer that leave no room for calls, and for a schema
+                that cannot be kept
         """
         asked = params.structure
+        for tool in self.held_tools:
+            try:
+                StructuredOutputsParams(json=parameters_of(tool))
+            except ConfigError as error:
+                raise _blaming([tool], error) from None
         if self.choice == "none":
             return params
         if self.choice == "auto":
@@ -118,14 +136,14 @@ class ToolUse:
         if self.choice == "required":
             schema = calls_schema(self.tools, is_parallel=self.is_parallel)
         else:
-            [tool] = [tool for tool in self.tools if tool.function.name == self.name]
+            tool = self.held_tools[0]
             schema = parameters_of(tool)
         return _shaped(params, StructuredOutputsParams(json=schema))
 
     def _held_if_called(
         self, params: SamplingParams, asked: StructuredOutputsParams | None
     ) -> SamplingParams:
-        strict = [tool.function.name for tool in self.tools if tool.function.strict]
+        strict = [tool.function.name for tool in self.held_tools]
         has_schema = asked is not None and asked.kind in ("json", "json_object")
         if asked is not None and (not has_schema or asked.disable_any_whitespace):
             if not strict:
@@ -143,6 +161,30 @@ class ToolUse:
         answer = None if asked is None else ANY_OBJECT if asked.json is None else asked.schema
         tag = calls_tag(self.format, self.tools, answer, is_parallel=self.is_parallel)
         return _shaped(params, StructuredOutputsParams(structural_tag=tag))
+
+    async def explained(
+        self,
+        error: ApiError | RequestError,
+        params: SamplingParams,
+        prepare: Callable[[SamplingParams], Awaitable[None]],
+    ) -> ApiError | RequestError:
+        """What is wrong with `held` parameters, in words of the tools where it is with them.
+
+        prepare  compiles what an output must be, or raises RequestError; ApiError where it takes
+                 too long
+        """
+        if not self.held_tools or not _SHAPE.match(str(error)):
+            return error
+        if isinstance(error, ApiError):  # it took too long: not once more, tool by tool
+            return _blaming(self.held_tools, error)
+        for tool in self.held_tools:
+            try:
+                await prepare(_shaped(params, StructuredOutputsParams(json=parameters_of(tool))))
+            except RequestError as found:
+                return _blaming([tool], found)
+            except ApiError:  # this one takes too long; who is to blame is not worth more
+                return error
+        return error
 
     def reader(self) -> ToolCallReader | None:
         """What finds the calls in one continuation; None: all of it is text or one call's."""
@@ -163,3 +205,16 @@ class ToolUse:
 
 def _shaped(params: SamplingParams, shape: StructuredOutputsParams) -> SamplingParams:
     return replace(params, structured_outputs=shape, response_format=None)
+
+
+_SHAPE = re.compile(r"structured_outputs(: |\.)\w+")
+"""How errors of shapes begin."""
+
+
+def _blaming(tools: Sequence[Tool], error: Exception) -> ApiError:
+    """An error of the shape that tools made, as one of theirs."""
+    names = ", ".join(repr(tool.function.name) for tool in tools)
+    whose = f"the parameters of the function{'s' * (len(tools) > 1)} {names}"
+    [(colon, problem)] = re.findall(rf"{_SHAPE.pattern} (.*)", str(error), re.DOTALL)
+    text = f"{whose}: {problem}" if colon == ": " else f"{whose}: the schema {problem}"
+    return ApiError(400, text, code="invalid_value", param="tools")
