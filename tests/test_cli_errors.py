@@ -94,6 +94,8 @@ def test_a_broken_model_folder(breakage: Breakage, words: list[str], tmp_path: P
     shutil.copytree(DRAFT, folder)
     breakage(folder)
     refuses(run("generate", "Hi", "--model", str(folder)), words)
+    as_drafter = run("generate", "Hi", "--model", str(DRAFT), "--drafter", str(folder))
+    refuses(as_drafter, [*words, "error: drafter", "model"])
 
 
 def test_a_drafter_with_another_vocabulary(tmp_path: Path) -> None:
@@ -107,7 +109,8 @@ def test_a_drafter_with_another_vocabulary(tmp_path: Path) -> None:
     ("args", "words"),
     [
         (["Hi", "--model", "/no/such/folder"], ["/no/such/folder", "zoo:NAME"]),
-        (["Hi", "--model", "zoo:nobody"], ["zoo:nobody", "zoo:parley"]),
+        (["Hi", "--model", "zoo:nobody"], ["error: zoo:nobody", "zoo:parley"]),
+        (["Hi", "--drafter", "zoo:nobody"], ["error: drafter: zoo:nobody", "zoo:parley"]),
         (["Hi", "--model", "nobody/no-such-model"], ["nobody/no-such-model", "hub"]),
         (["Hi", "--drafter", "ngram", "--drafter", "ngram"], ["ngram", "once"]),
         (["Hi", "--drafter", "none", "--drafter", "zoo:parley-draft"], ["--drafter none"]),

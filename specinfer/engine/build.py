@@ -1,7 +1,8 @@
 """From names and limits to an engine: models loaded, vocabularies compared, pages sized."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -25,6 +26,9 @@ from specinfer.models.quantization import (
 from specinfer.models.weights import load_decoder, read_config, resolve_dtype, resolve_model
 from specinfer.run.runner import Runner
 from specinfer.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 NGRAM = "ngram"
 """The drafter that needs no model: the request's own text."""
@@ -58,8 +62,8 @@ def build_engine(
     names = [model, *(name for name in drafters if name != NGRAM)]
     if len(drafters) > len(names):
         raise ConfigError(f'drafters name "{NGRAM}" more than once: once is enough')
-    folders = [resolve_model(name) for name in names]
-    tokenizers = [Tokenizer.from_folder(folder) for folder in folders]
+    folders = _each(names, resolve_model, names)
+    tokenizers = _each(names, Tokenizer.from_folder, folders)
     for name, tokenizer in zip(names[1:], tokenizers[1:], strict=True):
         if not tokenizers[0].has_same_vocabulary(tokenizer):
             raise ModelError(
@@ -73,12 +77,11 @@ def build_engine(
             *[("drafter_quantization", drafter_quantization)] * (len(names) - 1),
         )
     ]
-    configs = [read_config(folder) for folder in folders]
-    architectures = [read_architecture(each) for each in configs]
-    for scheme, each in zip(asked, configs, strict=True):
-        resolve_quantization(scheme, each, place)
+    configs = _each(names, read_config, folders)
+    architectures = _each(names, read_architecture, configs)
+    _each(names, lambda each: resolve_quantization(*each, place), zip(asked, configs, strict=True))
     max_model_len = _resolve_length(config.max_model_len, architectures[0])
-    dtypes = [resolve_dtype(folder, dtype, place) for folder in folders]
+    dtypes = _each(names, lambda folder: resolve_dtype(folder, dtype, place), folders)
     needs = CacheNeeds(
         config,
         block_bytes=config.block_size * token_bytes(list(zip(architectures, dtypes, strict=True))),
@@ -86,10 +89,11 @@ def build_engine(
         least_tokens=max_model_len + least_nodes,
     )
     num_blocks = needs.num_given()
-    decoders = [
-        _load(name, folder, kind, place, scheme, progress)
-        for name, folder, kind, scheme in zip(names, folders, dtypes, asked, strict=True)
-    ]
+    decoders = _each(
+        names,
+        lambda each: _load(*each, device=place, progress=progress),
+        zip(names, folders, dtypes, asked, strict=True),
+    )
     if num_blocks is None:  # a part of what is free, and weights are in it
         num_blocks = needs.num_free(place)
     allocator = BlockAllocator(num_blocks, config.block_size)
@@ -121,12 +125,30 @@ def build_engine(
     )
 
 
+def _each(names: Sequence[str], read: Callable[[T], R], what: Iterable[T]) -> list[R]:
+    """What is read of the target and each drafter; a drafter's errors say that they are one's.
+
+    names  the target's, then the drafters'
+    """
+    found = []
+    for index, (name, each) in enumerate(zip(names, what, strict=True)):
+        try:
+            found.append(read(each))
+        except (ModelError, ConfigError) as error:
+            if index == 0:
+                raise
+            whose = "drafter" if name in str(error) else f"drafter {name!r}"
+            raise type(error)(f"{whose}: {error}") from error
+    return found
+
+
 def _load(
     name: str,
     folder: Path,
     dtype: torch.dtype,
-    device: torch.device,
     quantization: Quantization | None,
+    *,
+    device: torch.device,
     progress: Progress | None,
 ) -> Decoder:
     report = None if progress is None else lambda done, total: progress(name, done, total)
