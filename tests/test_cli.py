@@ -260,6 +260,25 @@ def test_vllms_ngrams_from_end_to_end() -> None:
     assert set(found["stats"]["accepted_by_source"]) <= {"ngram"}
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (
+            ["Hi", "--max-tokens", "500"],
+            "(the text ends where the context is full: max_model_len=40)\n",
+        ),
+        (["Hi"], "(the text ends where the context is full: max_model_len=40)\n"),
+        (["Hi", "--n", "3"], "(3 of 3 texts end where the context is full: max_model_len=40)\n"),
+        (["Hi", "--max-tokens", "8"], ""),
+        (["Hi", "--min-tokens", "4", "--stop", " ", "--max-tokens", "500"], ""),
+    ],
+)
+def test_generate_says_where_the_context_is_full(args: list[str], said: str) -> None:
+    result = run("generate", *args, "--max-model-len", "40", "--ignore-eos", "--seed", "1")
+    assert result.exit_code == 0
+    assert result.stderr == said
+
+
 @pytest.mark.usefixtures("loaded")
 def test_generate_prints_json() -> None:
     result = run("generate", *STORY, "--json")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specinfer.cli.options import Asked
-from specinfer.cli.report import add_up, print_json, print_stats, timing, to_object
+from specinfer.cli.report import add_up, print_json, print_stats, tell_full, timing, to_object
 from specinfer.cli.stream import stream_text
 from specinfer.errors import ConfigError, RequestError
 
@@ -75,6 +75,7 @@ def generate(
     if json:
         for each, output in zip(prompts, outputs, strict=True):
             print_json(to_object(output) | {"prompt": each} | ({} if lines else {"time": took}))
+    tell_full(outputs, llm.engine.max_model_len, params.max_tokens)
     if stats:
         print_stats(add_up(outputs), took, params.target_tpot_s)
     if any(choice.finish_reason == "abort" for output in outputs for choice in output.outputs):

@@ -49,6 +49,23 @@ def add_up(outputs: Sequence[RequestOutput]) -> RequestStats:
     return total
 
 
+def tell_full(outputs: Sequence[RequestOutput], max_model_len: int, max_tokens: int | None) -> None:
+    """Say of texts that they end where the context does, on standard error.
+
+    max_tokens  as it was asked for
+    """
+    ends = [
+        choice.finish_reason == "length"
+        and len(choice.token_ids) != max_tokens
+        and len(output.prompt_token_ids) + len(choice.token_ids) >= max_model_len
+        for output in outputs
+        for choice in output.outputs
+    ]
+    if any(ends):
+        which = "the text ends" if len(ends) == 1 else f"{sum(ends)} of {len(ends)} texts end"
+        typer.echo(f"({which} where the context is full: max_model_len={max_model_len})", err=True)
+
+
 def print_stats(stats: RequestStats, time: Mapping[str, Any], goal_s: float | None = None) -> None:
     """Tokens per step, acceptance, latency goal and time by part, on standard error.
 
