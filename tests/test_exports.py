@@ -77,3 +77,35 @@ def test_the_wheel_names_both_licences() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["license"] == "Apache-2.0 AND CC-BY-SA-4.0"
     assert all((ROOT / name).is_file() for name in project["license-files"])
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no repository: nothing is ignored")
+def test_the_wheel_has_all_files_of_the_package() -> None:
+    """Hatch leaves out what pyproject.toml excludes and .gitignore names, tracked or not."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    build = tool["hatch"]["build"]
+    assert build.keys() == {"targets"}
+    assert build["targets"]["wheel"] == {"packages": ["specinfer"]}
+    files = [each for each in (ROOT / "specinfer").rglob("*") if each.is_file()]
+    files = [each for each in files if "__pycache__" not in each.parts]
+    needed = {
+        ".py",
+        ".typed",
+        ".cpp",
+        ".h",
+        ".json",
+        ".safetensors",
+        ".html",
+        ".css",
+        ".js",
+        ".svg",
+    }
+    assert needed <= {each.suffix for each in files}
+    ignored = subprocess.run(
+        ["git", "check-ignore", "--no-index", "--stdin"],
+        input="\n".join(map(str, files)),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert ignored.returncode == 1, ignored.stdout + ignored.stderr
