@@ -185,6 +185,9 @@ def test_what_cannot_be_asked_for(tmp_path):
         LLM("zoo:parley", quantization="fp8")
     with pytest.raises(ConfigError, match="drafter_quantization='int3': use one of int8"):
         LLM("zoo:parley", drafters="zoo:parley-draft", drafter_quantization="int3")
+    for drafters in ([], ["ngram"]):
+        with pytest.raises(ConfigError, match="drafter_quantization='int8' but no drafter is a"):
+            LLM("zoo:parley", drafters=drafters, drafter_quantization="int8")
     save_random(toy_config(), tmp_path / "plain")
     with pytest.raises(ConfigError, match=r"groups of 32, and .*down_proj.weight has 48: use int8"):
         load_decoder(tmp_path / "plain", quantization=INT4)

@@ -62,6 +62,10 @@ def build_engine(
     names = [model, *(name for name in drafters if name != NGRAM)]
     if len(drafters) > len(names):
         raise ConfigError(f'drafters name "{NGRAM}" more than once: once is enough')
+    if drafter_quantization is not None and len(names) == 1:
+        raise ConfigError(
+            f"drafter_quantization={drafter_quantization!r} but no drafter is a model: leave it out"
+        )
     folders = _each(names, resolve_model, names)
     tokenizers = _each(names, Tokenizer.from_folder, folders)
     for name, tokenizer in zip(names[1:], tokenizers[1:], strict=True):
