@@ -75,44 +75,46 @@ class GrammarCompiler:
             cache_limit_bytes=_CACHE_BYTES,
         )
 
-    def compile(self, asked: StructuredOutputsParams) -> Any:
+    def compile(self, asked: StructuredOutputsParams, field: str = "structured_outputs") -> Any:
         """The grammar of what was asked for: xgrammar's CompiledGrammar.
 
+        field   that asked for it
         raises  RequestError where it is none, or too large
         """
+        name = f"{field}.{asked.kind}"
         try:
-            grammar = self._compile(asked)
+            grammar = self._compile(asked, name)
         except (RuntimeError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise
             reason = str(error).strip().splitlines()[0].rpartition("] ")[2]
             reason = reason.partition(": ")[2] if ".cc:" in reason.partition(": ")[0] else reason
             reason = reason.rpartition(" is false: ")[2]
-            raise RequestError(
-                f"structured_outputs.{asked.kind} cannot be compiled: {reason.rstrip('. ')}"
-            ) from None
+            raise RequestError(f"{name} cannot be compiled: {reason.rstrip('. ')}") from None
         if _TOKEN_BUDGET.search(str(grammar.grammar)):
             raise RequestError(
-                f"structured_outputs.{asked.kind} has max_tokens, which cannot be kept along every "
+                f"{name} has max_tokens, which cannot be kept along every "
                 "path of a tree: leave it out, or give max_chars"
             )
         if (size := grammar.memory_size_bytes) > _MOST_BYTES:
             raise RequestError(
-                f"structured_outputs.{asked.kind} is a grammar of {size} bytes and {_MOST_BYTES} "
+                f"{name} is a grammar of {size} bytes and {_MOST_BYTES} "
                 "are allowed: make it smaller"
             )
         return grammar
 
-    def matcher(self, asked: StructuredOutputsParams) -> "PathMatcher":
-        """A matcher of its own for one text."""
-        matcher = self._xgrammar.GrammarMatcher(self.compile(asked))
+    def matcher(
+        self, asked: StructuredOutputsParams, field: str = "structured_outputs"
+    ) -> "PathMatcher":
+        """A matcher of its own for one text; as `compile`."""
+        matcher = self._xgrammar.GrammarMatcher(self.compile(asked, field))
         return PathMatcher(matcher, self._vocab_size, self._end_tokens, self._encode)
 
-    def _compile(self, asked: StructuredOutputsParams) -> Any:
+    def _compile(self, asked: StructuredOutputsParams, name: str) -> Any:
         compiler, text = self._compiler, _text_of(asked)
         if len(text) > _MOST_CHARACTERS:
             raise RequestError(
-                f"structured_outputs.{asked.kind} has {len(text)} characters and "
+                f"{name} has {len(text)} characters and "
                 f"{_MOST_CHARACTERS} are allowed: make it smaller"
             )
         if asked.regex is not None:

@@ -206,6 +206,11 @@ class SamplingParams:
         return read_structured_outputs(self.structured_outputs)
 
     @property
+    def structure_field(self) -> str:
+        """The field that says `structure`."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple, whatever form it was given in."""
         if self.stop is None:

@@ -142,6 +142,14 @@ def read_response_format(asked: Any) -> StructuredOutputsParams | None:
     A schema is kept whatever its "strict" says.
     raises  ConfigError for what OpenAI's API does not know, or cannot be kept
     """
+    try:
+        return _read_response_format(asked)
+    except ConfigError as error:
+        text = str(error).replace("structured_outputs: ", "response_format: ", 1)
+        raise ConfigError(text) from None
+
+
+def _read_response_format(asked: Any) -> StructuredOutputsParams | None:
     kind = asked.get("type") if isinstance(asked, Mapping) else None
     if kind == "text":
         return None

@@ -53,9 +53,11 @@ def refusal(answer: httpx.Response, status: int) -> dict[str, Any]:
 
 TOO_DEEP = (400, "structured_outputs", "nested more than 64 deep")
 NO_JSON = (400, "structured_outputs", "json is no JSON")
-NO_TAG = (400, "structured_outputs", "structural_tag must be {")
+NO_TAG = (400, "response_format", "structural_tag must be {")
 BUDGET = {"type": "structural_tag", "format": {"type": "any_text", "max_tokens": 3}}
-NO_BUDGET = (400, None, "structural_tag has max_tokens")
+NO_BUDGET = (400, "response_format", "structural_tag has max_tokens")
+NO_TYPE = {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}
+NOT_COMPILED = (400, "response_format", "response_format.json cannot be compiled: Unsupported type")
 ALL_OF = (400, "structured_outputs", "allOf=5")
 
 BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
@@ -88,6 +90,7 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, {"prompt": "x", "structured_outputs": {"json": nested(400)}}, *TOO_DEEP),
     (COMPLETIONS, {"prompt": "x", "response_format": {"type": "structural_tag"}}, *NO_TAG),
     (COMPLETIONS, {"prompt": "x", "response_format": BUDGET}, *NO_BUDGET),
+    (COMPLETIONS, {"prompt": "x", "response_format": NO_TYPE}, *NOT_COMPILED),
     (COMPLETIONS, {"prompt": "x", "guided_json": "[" * 50_000}, *NO_JSON),
     (COMPLETIONS, {"prompt": "x", "guided_json": {"allOf": 5}}, *ALL_OF),
     (COMPLETIONS, {"prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias", "by id"),

@@ -118,6 +118,12 @@ def test_bad_response_formats_are_refused(asked: Any) -> None:
         SamplingParams(response_format=asked)
 
 
+def test_a_schema_that_cannot_be_kept_is_refused_by_the_field_that_has_it() -> None:
+    asked = {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}
+    with pytest.raises(ConfigError, match=r"^response_format: json schema has 'not'"):
+        SamplingParams(response_format=asked)
+
+
 def test_two_shapes_are_one_too_many() -> None:
     with pytest.raises(ConfigError, match="response_format and structured_outputs"):
         SamplingParams(response_format={"type": "json_object"}, structured_outputs={"regex": "a"})

@@ -43,11 +43,13 @@ class Constraints:
         raises  RequestError as `history`
         """
         if (asked := params.structure) is not None:
-            self._compiler_for(asked).compile(asked)
+            self._compiler_for(asked).compile(asked, params.structure_field)
 
     def _matcher(self, params: SamplingParams) -> PathMatcher | None:
         asked = params.structure
-        return None if asked is None else self._compiler_for(asked).matcher(asked)
+        if asked is None:
+            return None
+        return self._compiler_for(asked).matcher(asked, params.structure_field)
 
     def _compiler_for(self, asked: StructuredOutputsParams) -> GrammarCompiler:
         with self._making:

@@ -66,7 +66,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, RequestError | ConfigError | CapacityError):
         message = str(error)
         code = "context_length_exceeded" if "max_model_len" in message else "invalid_value"
-        named = re.match(r"([a-z_]+)(=|:| is | must )", message)
+        named = re.match(r"([a-z_]+)(=|:|\.\w| is | must )", message)
         return ApiError(400, message, code=code, param=named[1] if named else None)
     return ApiError(
         500, "the engine failed while it served this request; try again", code="engine_error"

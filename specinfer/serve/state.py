@@ -144,10 +144,10 @@ class Service:
         if not done:
             raise ApiError(
                 400,
-                f"structured_outputs.{params.structure.kind} takes longer than {limit_s:g} s to "
-                "compile (grammar_timeout_s): make it simpler",
+                f"{params.structure_field}.{params.structure.kind} takes longer than "
+                f"{limit_s:g} s to compile (grammar_timeout_s): make it simpler",
                 code="invalid_value",
-                param="structured_outputs",
+                param=params.structure_field,
             )
         compiling.result()
 
