@@ -114,7 +114,10 @@ def test_flags_in_json_become_values() -> None:
         "structured_outputs": {"choice": ["yes", "no"]},
     }
     with pytest.raises(ConfigError, match="is no JSON: give such as"):
-        Asked.read({"logit_bias": "[1]"})
+        Asked.read({"logit_bias": "{17: 1}"})
+    for text in ("[1]", '{"a": 1}'):
+        with pytest.raises(ConfigError, match="is no biases by token id: give such as"):
+            Asked.read({"logit_bias": text})
 
 
 def test_speculative_config_names_drafter_and_tree() -> None:

@@ -322,6 +322,8 @@ def test_an_id_that_cannot_be_had_is_one_sentence(offline_hub):
     with pytest.raises(ModelNotFoundError, match="'someone/toy' is no folder here") as error:
         resolve_model("someone/toy")
     assert "\n" not in str(error.value)
+    with pytest.raises(ModelNotFoundError, match=r"or zoo:parley$"):
+        resolve_model("parley")
 
 
 def test_offline_ids_come_from_the_cache(offline_hub):

@@ -320,8 +320,9 @@ def _read_json(name: str, text: str) -> Any:
         value = json.loads(text)
         if name == "logit_bias":
             return {int(token): bias for token, bias in value.items()}
-    except (ValueError, AttributeError):
-        raise ConfigError(f"{name}={text!r} is no JSON: give such as {_AS_JSON[name]}") from None
+    except (ValueError, AttributeError) as error:
+        what = "no JSON" if isinstance(error, json.JSONDecodeError) else "no biases by token id"
+        raise ConfigError(f"{name}={text!r} is {what}: give such as {_AS_JSON[name]}") from None
     return value
 
 

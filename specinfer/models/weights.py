@@ -386,8 +386,12 @@ def _resolve_dtype(dtype: str | torch.dtype, stored: str, device: torch.device) 
     return kind
 
 
+def _bundled() -> list[str]:
+    return sorted(folder.parent.name for folder in _ZOO.glob("*/config.json"))
+
+
 def _resolve_zoo(name: str) -> Path:
-    names = sorted(folder.parent.name for folder in _ZOO.glob("*/config.json"))
+    names = _bundled()
     if name not in names:
         listed = ", ".join(f"zoo:{known}" for known in names) or "none in this installation"
         raise ModelNotFoundError(f"zoo:{name} is not bundled: there are {listed}")
@@ -407,7 +411,8 @@ def _download(name: str) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFoundError(
             f"{name!r} is no folder here and could not be had from the Hugging Face hub "
-            f"({reason}): give a folder, an id you may read, or zoo:NAME"
+            f"({reason}): give a folder, an id you may read, or zoo:"
+            + (name if name in _bundled() else "NAME")
         ) from error
 
 
