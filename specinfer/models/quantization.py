@@ -256,15 +256,17 @@ def _same(theirs: Any, ours: dict[str, Any] | None) -> bool:
 
 
 def _pack(values: Tensor) -> Tensor:
-    """[outputs, inputs] int8 in -8…7 → [outputs, inputs / 8] int32."""
-    nibbles = values.to(torch.int64).add_(8).unflatten(-1, (-1, _PER_WORD))
-    shifts = torch.arange(0, 4 * _PER_WORD, 4)
-    words = nibbles.bitwise_left_shift_(shifts).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    """[outputs, inputs] int8 in -8…7 → [outputs, inputs / 8] int32.
+
+    Two values are a byte and four bytes a word, the lowest first: for little-endian processors.
+    """
+    nibbles = values.add(8).view(torch.uint8).unflatten(-1, (-1, 2))
+    pairs: Tensor = nibbles[..., 0] | nibbles[..., 1] << 4
+    return pairs.view(torch.int32)
 
 
 def _unpack(words: Tensor) -> Tensor:
     """The reverse of `_pack`."""
-    shifts = torch.arange(0, 4 * _PER_WORD, 4, dtype=torch.int32)
-    nibbles = words[..., None].bitwise_right_shift(shifts).bitwise_and_(15)
-    return nibbles.sub_(8).to(torch.int8).flatten(-2)
+    pairs = words.view(torch.uint8)
+    values = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
+    return values.view(torch.int8).sub_(8)
