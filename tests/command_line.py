@@ -7,7 +7,7 @@ from specinfer.cli import app
 STORY = ("Tell me a story", "--chat", "--temperature", "0", "--max-tokens", "24")
 
 
-def run(*args: str, stdin: str | None = None) -> Result:
+def run(*args: str, stdin: str | bytes | None = None) -> Result:
     return CliRunner().invoke(app, list(args), input=stdin)
 
 

@@ -170,3 +170,4 @@ def test_wrong_usage_is_exit_code_2(args: list[str]) -> None:
 
 def test_text_that_is_no_unicode() -> None:
     refuses(run("generate", "\udcff"), ["lone surrogate"])
+    refuses(run("generate", stdin=b"\xff\xfe"), ["standard input is no UTF-8 text"])

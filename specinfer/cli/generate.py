@@ -109,7 +109,12 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 def _read_stdin(is_asked: bool) -> str:
     if sys.stdin.isatty() and not is_asked:
         raise ConfigError("there is no prompt: give it as an argument, with --file or on stdin")
-    return sys.stdin.read().removesuffix("\n")
+    text = sys.stdin.read()
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that are no text came as surrogates
+        raise ConfigError("standard input is no UTF-8 text") from None
+    return text.removesuffix("\n")
 
 
 def as_conversation(prompt: str) -> list[dict[str, str]]:
