@@ -4,8 +4,8 @@
 and a row's law is the same to the last bit whatever other rows stand in the batch. The rest turns
 laws into tokens: unseeded requests draw with a generator of their own; seeded ones take the argmax
 of log p + Gumbel noise that depends on (seed, sample, position) alone. `add_*` put tokens into a
-tree together with the law they were really drawn from. All unseeded chance passes through `draw`
-and `coin`, so that tests/oracle.py can replace it by enumeration.
+tree together with the law they were really drawn from. All unseeded chance passes through `draw`,
+`draw_rows` and `coin`, so that tests/oracle.py can replace it by enumeration.
 """
 
 import math
@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from specinfer.errors import LawError
 from specinfer.history import Edits, RowEdits
 from specinfer.request import SamplingParams
-from specinfer.tree import PICK, Floats, Law, TokenTree
+from specinfer.tree import PICK, Floats, Integers, Law, TokenTree
 
 # --- the target's law -----------------------------------------------------------------------------
 
@@ -368,6 +369,38 @@ def _search(weights: Floats, u: float) -> int:
     return index
 
 
+def draw_rows(
+    weights: Tensor, rngs: Sequence[tuple[np.random.Generator, int]]
+) -> tuple[Tensor, Tensor]:
+    """Draw a token for each row, where the rows are: nothing is copied to the host.
+
+    weights  [rows, vocab], not negative; need not be normalised
+    rngs     generators, each for so many rows: two numbers of it are used for every row
+    returns  the tokens, [rows] int64, and the sums of the rows, [rows] float64. A row that is NaN
+             has the sum NaN, one of zeros the sum 0, and both have some token
+    result   as `draw`
+    cost     one pass over the weights, one copy to the device of 16 bytes per row
+    """
+    uniforms = np.concatenate([rng.random((count, 2)) for rng, count in rngs])
+    shares = torch.from_numpy(uniforms).to(weights.device, non_blocking=True)
+    if missing := -weights.shape[-1] % _BLOCK:
+        weights = functional.pad(weights, (0, missing))
+    blocks = weights.unflatten(-1, (-1, _BLOCK))
+    block, sums = _search_rows(blocks.sum(-1), shares[:, :1])
+    inside = blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0]
+    return block * _BLOCK + _search_rows(inside, shares[:, 1:])[0], sums
+
+
+def _search_rows(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """`_search` for every row, with the row's sum; where rounding strikes, the heaviest index."""
+    below = weights.cumsum(-1, dtype=torch.float64)
+    sums = below[:, -1]
+    found = torch.searchsorted(below, shares * sums[:, None], right=True)
+    found = found.clamp(max=weights.shape[-1] - 1)
+    has_mass = weights.gather(-1, found)[:, 0] > 0
+    return torch.where(has_mass, found[:, 0], weights.argmax(-1)), sums
+
+
 def draw_without_replacement(
     q: Floats, k: int, rng: np.random.Generator, seen: Iterable[int] = ()
 ) -> list[int]:
@@ -398,15 +431,18 @@ def add_iid(
     rng: np.random.Generator,
     *,
     source: int = 0,
+    tokens: Integers | None = None,
 ) -> list[int]:
     """Add k slots under a node, drawn independently from one law; equal tokens share a node.
 
-    rows     [*, vocab], rows sum to 1: the drafter's laws, recorded by reference
+    rows     [*, columns], rows sum to 1: the drafter's laws, recorded by reference
     row      which of them
+    tokens   what their columns stand for, as in `Law`
     returns  the distinct nodes, in the order drawn
     """
-    law = Law(rows, row)
-    nodes = (tree.add(parent, draw(rows[row], rng), source=source, law=law) for _ in range(k))
+    law = Law(rows, row, (), tokens)
+    drawn = (law.token(draw(rows[row], rng)) for _ in range(k))
+    nodes = (tree.add(parent, token, source=source, law=law) for token in drawn)
     return list(dict.fromkeys(nodes))
 
 
@@ -420,17 +456,19 @@ def add_without_replacement(
     *,
     source: int = 0,
     seen: tuple[int, ...] = (),
+    tokens: Integers | None = None,
 ) -> list[int]:
     """Add up to k slots of distinct tokens under a node, each drawn from what is left of one law.
 
-    rows, row  as in `add_iid`
-    seen       tokens of slots already under this node that must not be drawn again
-    returns    the nodes, in the order drawn; fewer than k where nothing is left
+    rows, row, tokens  as in `add_iid`
+    seen               tokens of slots already under this node that must not be drawn again
+    returns            the nodes, in the order drawn; fewer than k where nothing is left
     """
-    nodes = []
-    for token in draw_without_replacement(rows[row], k, rng, seen):
-        nodes.append(tree.add(parent, token, source=source, law=Law(rows, row, seen)))
-        seen = (*seen, token)
+    nodes, law = [], Law(rows, row, seen, tokens)
+    for column in draw_without_replacement(rows[row], k, rng, law.columns(seen)):
+        token = law.token(column)
+        nodes.append(tree.add(parent, token, source=source, law=law))
+        law = Law(rows, row, (*law.seen, token), tokens)
     return nodes
 
 

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from specinfer.errors import LawError
 
 Floats = npt.NDArray[np.floating[Any]]  # float32 in production, float64 in the proofs
+Integers = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 
@@ -32,33 +33,60 @@ Bools = npt.NDArray[np.bool_]
 class Law:
     """π, the law a slot's token was really drawn from.
 
-    rows  [*, vocab] float32, rows sum to 1: the drafter's laws, shared by many slots
-    row   which of them; -1 means a point mass at the slot's own token (see PICK)
-    seen  tokens that could not be drawn (drawn before, without replacement); the rest of the row
-          is renormalised
+    rows    [*, columns] float32, rows sum to 1: the drafter's laws, shared by many slots
+    row     which of them; -1 means a point mass at the slot's own token (see PICK)
+    seen    tokens that could not be drawn (drawn before, without replacement); the rest of the row
+            is renormalised
+    tokens  [*, columns] int64, the token of each column, where a law was cut to some tokens before
+            anything was drawn; None: columns are tokens
     """
 
     rows: Floats
     row: int
     seen: tuple[int, ...] = ()
+    tokens: Integers | None = None
 
     @property
     def is_pick(self) -> bool:
         """Whether the token was picked by looking at it: then π is a point mass."""
         return self.row < 0
 
+    def support(self) -> tuple[Integers, Floats]:
+        """What may be drawn, seen or not, and its probabilities in the row: both [n]."""
+        row: Floats = self.rows[self.row]
+        if self.tokens is not None:
+            return self.tokens[self.row], row
+        tokens = np.flatnonzero(row)
+        return tokens, row[tokens]
+
+    def columns(self, tokens: Sequence[int]) -> list[int]:
+        """Where some tokens stand in the row; those it has not are left out."""
+        if self.tokens is None:
+            return list(tokens)
+        support = self.tokens[self.row].tolist()
+        return [support.index(token) for token in tokens if token in support]
+
+    def token(self, column: int) -> int:
+        """What a column of the row stands for."""
+        return column if self.tokens is None else int(self.tokens[self.row, column])
+
+    def probability(self, tokens: Sequence[int]) -> float:
+        """What some tokens have together in the row, seen or not."""
+        columns = self.columns(tokens)
+        return float(self.rows[self.row, columns].sum(dtype=np.float64)) if columns else 0.0
+
     def dense(self) -> Floats:
-        """π over the whole vocabulary: [vocab], the rows' dtype. Not for picks.
+        """π: [columns], the rows' dtype. Not for picks.
 
         raises  LawError if nothing is left once `seen` is taken out
-        cost    a view where nothing was seen, else O(vocab)
+        cost    a view where nothing was seen, else O(columns)
         """
         assert not self.is_pick
         row: Floats = self.rows[self.row]
         if not self.seen:
             return row
         rest = row.copy()
-        rest[list(self.seen)] = 0.0
+        rest[self.columns(self.seen)] = 0.0
         mass = rest.sum()
         if not mass > 0:
             raise LawError("a slot was drawn without replacement from a law with nothing left")

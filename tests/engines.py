@@ -5,14 +5,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import tokenizers
 import torch
 from torch import Tensor
 
 from specinfer.cache.blocks import BlockAllocator, Pages
 from specinfer.config import EngineConfig, Speculation
+from specinfer.draft import growth
 from specinfer.draft.base import Draft, Drafter
 from specinfer.draft.model import ModelDrafter
+from specinfer.engine import verification
 from specinfer.engine.controller import Controller, StepLoad
 from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence as EngineSequence
@@ -129,6 +132,16 @@ def fresh_keys_and_values(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
     runner, pages = Runner(decoder, len(tokens)), run_pages(len(tokens))
     runner.run([chain(tokens, pages)])
     return keys_and_values(runner, pages, len(tokens))
+
+
+def far_away(monkeypatch: pytest.MonkeyPatch, support: int) -> None:
+    """Let growth and verification treat laws at hand as if they were on a GPU.
+
+    support  tokens that a law is cut to where it is drawn from
+    """
+    for module in (growth, verification):
+        monkeypatch.setattr(module, "is_far", lambda tensor: True)
+    monkeypatch.setattr(growth, "SUPPORT", support)
 
 
 class ScriptedDrafter:

@@ -15,6 +15,8 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from torch import Tensor
 from specinfer import baselines, sampling, verify
 from specinfer.draft import drawing, growth
 from specinfer.draft.base import Draft, DrafterFailedError, Pick
+from specinfer.engine import verification
 from specinfer.tree import TokenTree, union
 from specinfer.verify import Verdict, follow
 from tests.helpers import children, top_k_tokens
@@ -100,8 +103,33 @@ def outcomes(run: Callable[[Any], Any]) -> Iterator[tuple[float, Any]]:
         yield chance.probability, result
 
 
+class Untaken:
+    """Tokens of rows, each drawn when it is read: those that nobody reads need no enumeration."""
+
+    def __init__(self, rows: Any, rngs: Sequence[Any]) -> None:
+        self.rows, self.rngs = rows, rngs
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return Untaken(self.rows[at], self.rngs[at])
+        return self.rngs[at].draw(self.rows[at])
+
+
 def enumerate_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the production code's draws and coins branch where their generator is a `Chance`."""
+    draw_rows, to_host = sampling.draw_rows, verification.to_host
+
+    def untaken(weights: Tensor, rngs: Any) -> Any:
+        if not all(isinstance(rng, Chance) for rng, _ in rngs):
+            return draw_rows(weights, rngs)
+        each = [rng for rng, count in rngs for _ in range(count)]
+        return Untaken(weights.numpy(), each), weights.sum(-1)
+
+    def but_untaken(*tensors: Any) -> list[Any]:
+        return [t if isinstance(t, Untaken) else to_host(t)[0] for t in tensors]
+
+    monkeypatch.setattr(verification, "draw_rows", untaken)
+    monkeypatch.setattr(verification, "to_host", but_untaken)
     draw, coin = sampling.draw, sampling.coin
     for module in (baselines, sampling, verify, drawing):
         monkeypatch.setattr(
@@ -138,9 +166,32 @@ def edited_laws(laws: Tensor, filters: Any) -> Tensor:
     return torch.softmax(filters.edits.apply(laws.log()), -1)
 
 
+def far(verifier: Verify, verify_far: Any = None) -> Verify:
+    """A verifier as it is run on laws that are far away."""
+
+    def verify(tree: TokenTree, p: Any, rng: Any) -> Verdict:
+        case = verification.Case(tree, verifier, rng)
+        (verdict,) = (verify_far or verification.verify_far)([case], torch.from_numpy(p))
+        assert verdict is not None
+        return verdict
+
+    return verify
+
+
 def verify_greedy(tree: TokenTree, p: Any) -> Verdict:
     """Greedy as the engine does it: follow the likeliest tokens, the lowest ids among equals."""
     return follow(tree, p.argmax(-1))
+
+
+def mutant(name: str, old: str, new: str, original: ModuleType) -> Any:
+    """A function with one piece of its module's source replaced; what was patched there stays."""
+    source = Path(str(original.__file__)).read_text()
+    assert source.count(old) == 1, "the mutation no longer applies: adapt it to the source"
+    module: dict[str, Any] = {"__name__": original.__name__}
+    exec(compile(source.replace(old, new), "mutant", "exec"), module)
+    for patched in {"draw_rows", "to_host"} & module.keys():
+        module[patched] = vars(original)[patched]
+    return module[name]
 
 
 # --- toy models -----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ mix of sources, whatever is learnt, priced or shared, is exact; and looking at a
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -593,16 +593,16 @@ def drop_repeats(grown: Grown) -> TokenTree:
 
 
 def likeliest_instead_of_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    def top(law: Any, seen: Any, rng: Any) -> tuple[int, float]:
-        rest = law.rows[law.row].copy()
-        rest[list(seen)] = 0.0
-        return int(rest.argmax()), float(rest.max()) / law.mass
+    def top(own: Any, rng: Any) -> tuple[int, float]:
+        rest = own.law.rows[own.law.row].copy()
+        rest[own.struck] = 0.0
+        return int(rest.argmax()), float(rest.max()) / own.mass
 
     monkeypatch.setattr(drawing._Law, "draw", top)
 
 
 def plain_law_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawing, "Law", lambda rows, row, seen: Law(rows, row))
+    monkeypatch.setattr(drawing, "Law", lambda rows, row, seen, tokens: Law(rows, row))
 
 
 def pick_recorded_as_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -613,8 +613,8 @@ def pick_recorded_as_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
         add(self, tree, place, source)
         slots = tree.draft.tree.slots
         for own in place.laws.values():
-            if slots[-1].law is PICK and own.rows[own.row, place.seen[-1]] > 0:
-                slots[-1] = slots[-1]._replace(law=Law(own.rows, own.row, seen))
+            if slots[-1].law is PICK and own.law.rows[own.law.row, place.seen[-1]] > 0:
+                slots[-1] = slots[-1]._replace(law=replace(own.law, seen=seen))
 
     monkeypatch.setattr(drawing.Drawing, "_add", adding)
 

@@ -20,7 +20,7 @@ from specinfer.models.decoder import Decoder
 from specinfer.request import SamplingParams
 from specinfer.sampling import RowFilters, draw_without_replacement, target_laws
 from specinfer.tree import Floats, Law, TokenTree
-from tests.engines import fresh_logits, model_drafter, toy_decoder, toy_engine
+from tests.engines import far_away, fresh_logits, model_drafter, toy_decoder, toy_engine
 from tests.helpers import top_k_tokens
 
 VOCAB = 6
@@ -183,6 +183,28 @@ def test_the_engine_follows_the_law() -> None:
     check(law_family(NUM_RUNS))
 
 
+def test_the_engine_follows_the_law_far_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafters' laws are cut to three tokens of six; what is verified stays where it is."""
+    far_away(monkeypatch, support=3)
+    chances = {"plain": chance_of(Speculation(), drafters=(), num_runs=NUM_RUNS)}
+    options: dict[str, Any]
+    for tree, verifier, draw, options in (
+        ("2,2", "traversal", "without-replacement", {}),
+        ("3,1", "topdown", "iid", {}),
+        ("2,2", "match", "pick", {}),
+        ("2x2", "kseq", "iid", {}),
+        ("2x2", "gbv", "iid", {}),
+        ("calibrated", "auto", "auto", {"drafters": (NgramDrafter(), FIRST, SECOND)}),
+        ("2,1", "traversal", "iid", {"drafters": (FIRST, SECOND), "top_p": 0.9}),
+        ("2,2", "auto", "auto", {"seed": 5}),
+    ):
+        max_nodes = 4 if tree == "calibrated" else None
+        speculation = Speculation(tree=tree, verifier=verifier, draw=draw, max_nodes=max_nodes)
+        name = f"{verifier}, {draw}, {tree}"
+        chances[name] = chance_of(speculation, num_runs=NUM_RUNS // 2, **options)
+    check(chances)
+
+
 @pytest.mark.slow
 def test_the_engine_follows_the_law_closely() -> None:
     default = {"default": chance_of(Speculation(tree="2,2"), num_runs=200_000, engine_seed=1)}
@@ -193,31 +215,31 @@ def test_the_engine_follows_the_law_closely() -> None:
 
 
 def record_plain_law(
-    tree: TokenTree, parent: int, rows: Floats, row: int, k: int, rng: Any, *, source: int = 0
+    tree: TokenTree, parent: int, rows: Floats, row: int, k: int, rng: Any, **of: Any
 ) -> list[int]:
     """Drawn without replacement, recorded as if drawn from the whole law each time."""
     tokens = draw_without_replacement(rows[row], k, rng)
-    return [tree.add(parent, token, source=source, law=Law(rows, row)) for token in tokens]
+    return [tree.add(parent, token, source=of["source"], law=Law(rows, row)) for token in tokens]
 
 
 def record_picks_as_drawn(
-    tree: TokenTree, parent: int, rows: Floats, row: int, k: int, rng: Any, *, source: int = 0
+    tree: TokenTree, parent: int, rows: Floats, row: int, k: int, rng: Any, **of: Any
 ) -> list[int]:
     """The likeliest tokens, recorded as if drawn: "top-k" read literally."""
     seen: tuple[int, ...] = ()
     nodes = []
     for token in top_k_tokens(rows[row], k):
-        nodes.append(tree.add(parent, token, source=source, law=Law(rows, row, seen)))
+        nodes.append(tree.add(parent, token, source=of["source"], law=Law(rows, row, seen)))
         seen = (*seen, token)
     return nodes
 
 
 def drop_repeated_slots(
-    tree: TokenTree, parent: int, rows: Floats, row: int, k: int, rng: Any, *, source: int = 0
+    tree: TokenTree, parent: int, rows: Floats, row: int, k: int, rng: Any, **of: Any
 ) -> list[int]:
     """Drawn independently, but a slot of a token that is there already is thrown away."""
     tokens = dict.fromkeys(int(rng.choice(VOCAB, p=rows[row] / rows[row].sum())) for _ in range(k))
-    return [tree.add(parent, token, source=source, law=Law(rows, row)) for token in tokens]
+    return [tree.add(parent, token, source=of["source"], law=Law(rows, row)) for token in tokens]
 
 
 MUTATIONS = {  # the tree and the number of runs that show it

@@ -7,6 +7,7 @@
     3 models       models: of the floors below, only the ground and ops
     2 mechanism    ops, cache, text, grammar: not each other, and no tree
     1 mathematics  structured < request < tree < history < sampling < verify < baselines
+                   < lumping
     0 ground       errors < paths < config < dist
 
 Imports inside functions and under TYPE_CHECKING count as well.
@@ -22,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "specinfer"
 
 GROUND = ("errors", "paths", "config", "dist")
-MATHEMATICS = (*("structured", "request", "tree", "history", "sampling", "verify", "baselines"),)
+MATHEMATICS = (
+    *("structured", "request", "tree", "history", "sampling", "verify", "baselines", "lumping"),
+)
 MECHANISM = ("ops", "cache", "text", "grammar")
 FACES = (
     *("cli", "serve", "loadtest", "train", "llm", "async_llm", "bench", "draw", "progress"),
@@ -42,6 +45,7 @@ FLOORS: dict[str, int] = {
 # What is tested in milliseconds because it knows no tensor
 WITHOUT_TORCH = (
     *("errors.py", "config.py", "request.py", "tree.py", "verify.py", "baselines.py"),
+    "lumping.py",
     *("cache/blocks.py", "engine/scheduler.py", "engine/times.py", "engine/chains.py"),
     "engine/lengths.py",
     *("text/stream.py", "text/template.py", "text/tokenizer.py"),

@@ -21,6 +21,7 @@ from specinfer.sampling import (
     SeededNoise,
     coin,
     draw,
+    draw_rows,
     draw_without_replacement,
     greedy_picks,
     gumbel_noise,
@@ -304,6 +305,44 @@ def test_coins_are_certain_at_the_ends() -> None:
     assert all(coin(1.0, rng) for _ in range(100))
     assert not any(coin(0.0, rng) for _ in range(100))
     assert abs(sum(coin(0.3, rng) for _ in range(10_000)) - 3000) < 4 * 46
+
+
+class Given:
+    """Stands in for a generator: returns the numbers it is given, one after the other."""
+
+    def __init__(self, numbers: Any) -> None:
+        self.numbers = iter(np.ravel(numbers).tolist())
+
+    def random(self, shape: tuple[int, int] | None = None) -> Any:
+        if shape is None:
+            return next(self.numbers)
+        return np.array([[next(self.numbers) for _ in range(shape[1])] for _ in range(shape[0])])
+
+
+@pytest.mark.parametrize("vocab", [300, 512, 4097])
+def test_rows_are_drawn_as_one_row_is(vocab: int) -> None:
+    """The same numbers give the same tokens; zeros stay out, at both ends of the numbers too."""
+    rng = np.random.default_rng(vocab)
+    laws = (rng.random((40, vocab)) * (rng.random((40, vocab)) < 0.1)).astype(np.float32)
+    numbers = rng.random((40, 2))
+    numbers[:3] = [[0, 0], [ALMOST_ONE, 0], [ALMOST_ONE, ALMOST_ONE]]
+    rngs = [(Given(numbers[:15]), 15), (Given(numbers[15:]), 25)]
+    tokens, sums = draw_rows(torch.from_numpy(laws), rngs)  # type: ignore[arg-type]
+    for law, token, own in zip(laws[3:], tokens[3:].tolist(), numbers[3:], strict=True):
+        assert token == draw(law, Given(own))  # type: ignore[arg-type]
+    assert (laws[np.arange(40), tokens] > 0).all()
+    np.testing.assert_allclose(sums, laws.sum(-1, dtype=np.float64), rtol=1e-6)
+
+
+def test_rows_that_are_no_law_have_the_sum_that_says_so() -> None:
+    rows = torch.zeros(3, 700)
+    rows[1] = torch.nan
+    rows[2, 699] = 1.0
+    tokens, sums = draw_rows(rows, [(np.random.default_rng(0), 3)])
+    assert ((tokens >= 0) & (tokens < 768)).all()
+    assert tokens[2] == 699
+    assert sums[0] == 0
+    assert sums[1].isnan()
 
 
 def test_drawing_without_replacement_follows_the_sequential_law(

@@ -19,6 +19,7 @@ from specinfer.tree import TokenTree
 from tests.engines import (
     ScriptedDrafter,
     Told,
+    far_away,
     finish,
     fresh_logits,
     model_drafter,
@@ -90,10 +91,13 @@ def test_p_is_what_the_target_says_of_each_token(
     assert known == sequence.tokens
 
 
+@pytest.mark.parametrize("is_far", [False, True])
 def test_who_proposed_what_and_with_which_chance(
-    target: Decoder, other: Decoder, monkeypatch: pytest.MonkeyPatch
+    target: Decoder, other: Decoder, monkeypatch: pytest.MonkeyPatch, is_far: bool
 ) -> None:
     """q is that of the slot's own law, what was drawn before it taken out."""
+    if is_far:
+        far_away(monkeypatch, support=5)
     trees: list[TokenTree] = []
     original = tracing._nodes
 
@@ -110,7 +114,8 @@ def test_who_proposed_what_and_with_which_chance(
             assert [each.source for each in shown.slots] == ["toy"] * len(slots)
             for each, slot in zip(shown.slots, slots, strict=True):
                 assert slot.law is not None
-                assert each.q == pytest.approx(slot.law.dense()[shown.token_id], rel=1e-4)
+                (column,) = slot.law.columns((shown.token_id,))
+                assert each.q == pytest.approx(slot.law.dense()[column], rel=1e-4)
                 num_seen += bool(slot.law.seen)
         accepted = [node.token_id for node in step.nodes if node.accepted]
         drafted = [token for token in step.emitted if token.source == "toy"]

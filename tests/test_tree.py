@@ -83,6 +83,19 @@ def test_a_law_is_what_is_left_renormalised() -> None:
         Law(ROWS, 1, (0,)).dense()
 
 
+def test_a_cut_law_knows_its_tokens() -> None:
+    tokens = np.array([[0, 1, 2], [7, 3, 5]])
+    law = Law(np.array([[1.0, 0, 0], [0.5, 0.3, 0.2]]), 1, (3, 9), tokens)
+    assert law.columns((5, 9, 7)) == [2, 0]
+    assert [law.token(column) for column in range(3)] == [7, 3, 5]
+    assert law.probability((7, 5, 9)) == pytest.approx(0.7)
+    np.testing.assert_allclose(law.dense(), [5 / 7, 0, 2 / 7])
+    for each, expected in ((law, [7, 3, 5]), (Law(ROWS, 1), [0])):
+        support, probabilities = each.support()
+        assert support.tolist() == expected
+        np.testing.assert_allclose(probabilities, [each.probability((t,)) for t in expected])
+
+
 @given(trees(source=0), trees(source=1), trees(source=2), st.integers(0, 99))
 def test_union_keeps_every_slot_and_each_trees_order(
     one: TokenTree, two: TokenTree, three: TokenTree, seed: int

@@ -13,7 +13,7 @@ import numpy as np
 
 from specinfer.draft.base import Draft, Pick
 from specinfer.draft.calibration import Features, Regime
-from specinfer.draft.growth import Grown, Growth
+from specinfer.draft.growth import Drawable, Grown, Growth
 from specinfer.draft.rounds import (
     LEAST,
     ROWS,
@@ -25,19 +25,24 @@ from specinfer.draft.rounds import (
     Told,
     Values,
 )
-from specinfer.ops.transfer import to_host
 from specinfer.sampling import draw
-from specinfer.tree import PICK, Floats, Law, TokenTree
+from specinfer.tree import PICK, Law, TokenTree
 
 
 @dataclass(slots=True, eq=False)
 class _Law:
-    """One model's law after one node, while slots are drawn from it without replacement."""
+    """One model's law after one node, while slots are drawn from it without replacement.
 
-    rows: Floats
-    row: int
+    law     with nothing seen
+    top     its likeliest tokens
+    mass    of what is left of it
+    struck  columns that are not
+    """
+
+    law: Law
     top: list[Pick]
     mass: float = 1.0
+    struck: list[int] = field(default_factory=list)
 
     def largest(self, seen: Sequence[int]) -> float:
         """The largest probability among tokens not drawn yet, renormalised; 0: nothing is left."""
@@ -46,18 +51,20 @@ class _Law:
         best = next((p for token, p in self.top if token not in seen), self.top[-1][1])
         return min(1.0, best / self.mass)
 
-    def draw(self, seen: tuple[int, ...], rng: np.random.Generator) -> tuple[int, float]:
-        """A token not seen, and its probability."""
-        rest = self.rows[self.row]
-        if seen:
+    def draw(self, rng: np.random.Generator) -> tuple[int, float]:
+        """A token that was not struck out, and its probability."""
+        rest = self.law.rows[self.law.row]
+        if self.struck:
             rest = rest.copy()
-            rest[list(seen)] = 0.0
-        token = draw(rest, rng)
-        return token, min(1.0, float(rest[token]) / self.mass)
+            rest[self.struck] = 0.0
+        column = draw(rest, rng)
+        return self.law.token(column), min(1.0, float(rest[column]) / self.mass)
 
     def strike(self, token: int) -> None:
         """Take a token out that this law can no longer draw."""
-        self.mass -= float(self.rows[self.row, token])
+        for column in self.law.columns((token,)):
+            self.mass -= float(self.law.rows[self.law.row, column])
+            self.struck.append(column)
 
 
 @dataclass(slots=True, eq=False)
@@ -167,21 +174,23 @@ class Drawing:
                     asked.setdefault(pair, {})[source] = row
         if not asked:
             return
-        told = {source: Told(said, 8) for source, (said, _) in rounds.answers.items()}
-        laws = {
-            source: to_host(said.laws)[0]
-            for source, (said, _) in rounds.answers.items()
-            if said.laws is not None
-        }
+        laws: dict[int, tuple[Drawable, list[list[Pick]]]] = {}
+        told: dict[int, Told] = {}
+        for source, (said, _) in rounds.answers.items():
+            if said.laws is None:
+                told[source] = Told(said)
+            else:
+                drawable = Drawable.of(said.laws)
+                laws[source] = drawable, drawable.likeliest(8)
         for (index, node), rows in asked.items():
             tree = self._trees[index]
             tree.places[node] = place = _Place(node, tree.reach.pop(node), {}, [])
             for source, row in rows.items():
-                picks = told[source].row(row)
                 if source in laws:
-                    place.laws[source] = _Law(laws[source], row, picks)
+                    drawable, tops = laws[source]
+                    place.laws[source] = _Law(drawable.law(row), tops[row])
                 else:
-                    place.queues.append(Queue(source, picks))
+                    place.queues.append(Queue(source, told[source].row(row)))
             self._offer(index, place)
         self._draw(fill=False)
 
@@ -234,8 +243,8 @@ class Drawing:
         if source in place.laws:
             own = place.laws[source]
             before = own.largest(place.seen)
-            token, after = own.draw(place.seen, growth.rng)
-            law = Law(own.rows, own.row, place.seen)
+            token, after = own.draw(growth.rng)
+            law = Law(own.law.rows, own.law.row, place.seen, own.law.tokens)
         else:
             queue = next(queue for queue in place.queues if queue.source == source)
             offer = queue.next(set(place.seen))

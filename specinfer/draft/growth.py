@@ -19,10 +19,10 @@ from specinfer.draft.base import Draft, Drafter, Pick
 from specinfer.draft.calibration import Features, Fortune, Regime
 from specinfer.history import Edits, History
 from specinfer.ops.native import address, kernels
-from specinfer.ops.transfer import to_host
+from specinfer.ops.transfer import is_far, to_host
 from specinfer.request import SamplingParams
 from specinfer.sampling import RowFilters, SeededNoise, target_laws
-from specinfer.tree import TokenTree
+from specinfer.tree import Floats, Integers, Law, TokenTree
 
 
 @dataclass(slots=True, eq=False)
@@ -169,6 +169,56 @@ def _tilted(laws: Tensor, growth: Growth, draft: Draft, nodes: list[int]) -> Ten
     return torch.softmax(
         laws.log() + torch.from_numpy(noise).to(laws.device, non_blocking=True), -1
     )
+
+
+SUPPORT = 64
+"""To so many likeliest tokens a law is cut that is drawn from but would be dear to copy."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawable:
+    """Laws on the host, as slots are drawn from them.
+
+    rows    [rows, columns], rows sum to 1
+    tokens  what their columns stand for, as `Law` has them; likeliest first, where they were cut
+    """
+
+    rows: Floats
+    tokens: Integers | None
+    _laws: Tensor
+
+    @classmethod
+    def of(cls, laws: Tensor) -> "Drawable":
+        """A drafter's answer: whole, or cut where it is far away.
+
+        laws  [rows, vocab], rows sum to 1
+        law   cut before anything is drawn, so that the cut law is the one a token is drawn from
+        cost  one copy, of at most `SUPPORT` tokens per row from far away
+        """
+        if not is_far(laws):
+            return cls(to_host(laws)[0], None, laws)
+        top = laws.topk(min(SUPPORT, laws.shape[-1]), -1)
+        shares = top.values / top.values.sum(-1, keepdim=True)
+        rows, tokens = to_host(shares, top.indices)
+        return cls(rows, tokens, laws)
+
+    def law(self, row: int) -> Law:
+        """One row, with nothing seen."""
+        return Law(self.rows, row, (), self.tokens)
+
+    def likeliest(self, count: int) -> list[list[Pick]]:
+        """The likeliest tokens of each row and their probabilities."""
+        if self.tokens is None:
+            return as_picks(*likeliest(self._laws, count))
+        return as_picks(self.tokens[:, :count], self.rows[:, :count])
+
+
+def as_picks(tokens: np.ndarray, probabilities: np.ndarray) -> list[list[Pick]]:
+    """[rows, count] of either, likeliest first, as picks per row."""
+    return [
+        list(zip(*row, strict=True))
+        for row in zip(tokens.tolist(), probabilities.tolist(), strict=True)
+    ]
 
 
 def likeliest(laws: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from specinfer.draft.base import Draft, Drafter, DrafterFailedError, Pick
 from specinfer.draft.calibration import Calibration
-from specinfer.draft.growth import Growth, Guesses, guess, likeliest
+from specinfer.draft.growth import Growth, Guesses, as_picks, guess, likeliest
 from specinfer.ops.native import address, kernels
 
 Numbers = npt.NDArray[np.float64]
@@ -261,11 +261,7 @@ class Told:
     def __init__(self, said: Guesses, width: int = WIDEST) -> None:
         self._picks = said.picks
         if said.laws is not None:
-            tokens, probabilities = likeliest(said.laws, width)
-            self._picks = [
-                list(zip(*row, strict=True))
-                for row in zip(tokens.tolist(), probabilities.tolist(), strict=True)
-            ]
+            self._picks = as_picks(*likeliest(said.laws, width))
 
     def row(self, row: int) -> list[Pick]:
         """(token, probability) after one node, likeliest first."""

@@ -11,11 +11,18 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from specinfer.draft.base import Draft, Drafter, DrafterFailedError
-from specinfer.draft.growth import Grown, Growth, Guesses, guess, likeliest
-from specinfer.ops.transfer import to_host
+from specinfer.draft.base import Draft, Drafter, DrafterFailedError, Pick
+from specinfer.draft.growth import (
+    Drawable,
+    Grown,
+    Growth,
+    Guesses,
+    as_picks,
+    guess,
+    likeliest,
+)
 from specinfer.sampling import add_iid, add_picks, add_without_replacement
-from specinfer.tree import Floats, TokenTree, union
+from specinfer.tree import TokenTree, union
 
 
 class Shape(Protocol):
@@ -182,29 +189,29 @@ class _Slots:
 
     def __init__(self, said: Guesses, width: int) -> None:
         self._said = said
+        self._width = width
         self._row = 0
-        self._rows: Floats | None = None
-        if said.laws is not None:
-            tokens, probabilities = likeliest(said.laws, width)
-            self._tokens = [
-                [t for t, p in zip(*row, strict=True) if p > 0]
-                for row in zip(tokens.tolist(), probabilities.tolist(), strict=True)
-            ]
-        else:
-            assert said.picks is not None
-            self._tokens = [[token for token, _ in picks] for picks in said.picks]
+        self._picks: list[list[Pick]] | None = said.picks
+        self._drawable: Drawable | None = None
 
     def add(self, growth: Growth, tree: TokenTree, node: int, width: int, source: int) -> None:
         """Put up to `width` slots under a node, from the next row."""
         row = self._row
         self._row += 1
         if growth.draw == "pick" or self._said.laws is None:
-            add_picks(tree, node, self._tokens[row][:width], source=source)
+            add_picks(tree, node, self._likeliest(row)[:width], source=source)
             return
-        if self._rows is None:
-            self._rows = to_host(self._said.laws)[0]
+        if self._drawable is None:
+            self._drawable = Drawable.of(self._said.laws)
         add = add_iid if growth.draw == "iid" else add_without_replacement
-        add(tree, node, self._rows, row, width, growth.rng, source=source)
+        rows, tokens = self._drawable.rows, self._drawable.tokens
+        add(tree, node, rows, row, width, growth.rng, source=source, tokens=tokens)
+
+    def _likeliest(self, row: int) -> list[int]:
+        if self._picks is None:
+            assert self._said.laws is not None
+            self._picks = as_picks(*likeliest(self._said.laws, self._width))
+        return [token for token, probability in self._picks[row] if probability > 0]
 
 
 def _finish(growth: Growth, parts: dict[int, _Part]) -> Grown:

@@ -131,9 +131,8 @@ def _q(law: Law | None, token: int) -> float | None:
         return None
     if law.is_pick:
         return 1.0
-    row = law.rows[law.row]
-    seen = float(row[list(law.seen)].sum(dtype="float64")) if law.seen else 0.0
-    return min(1.0, float(row[token]) / max(1.0 - seen, 1e-12))
+    left = max(1.0 - law.probability(law.seen), 1e-12)
+    return min(1.0, law.probability((token,)) / left)
 
 
 def _score(grown: Grown | None, slot_id: int) -> float | None:

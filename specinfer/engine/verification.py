@@ -1,22 +1,37 @@
 """Logits of a step to verdicts: one kind of sequences at a time, in batched operations."""
 
 import itertools
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from specinfer.baselines import verify_gbv, verify_kseq
+from specinfer.config import VerifierName
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.work import Work
+from specinfer.errors import LawError
 from specinfer.history import Edits
-from specinfer.ops.transfer import to_host
-from specinfer.sampling import NO_PICK, RowFilters, greedy_picks, seeded_pick, target_laws
-from specinfer.tree import Floats
+from specinfer.lumping import lump
+from specinfer.ops.transfer import is_far, to_host
+from specinfer.sampling import (
+    NO_PICK,
+    RowFilters,
+    draw_rows,
+    greedy_picks,
+    seeded_pick,
+    target_laws,
+)
+from specinfer.tree import Floats, TokenTree
 from specinfer.verify import Verdict, follow, verify_match, verify_topdown, verify_traversal
 
-_VERIFIERS = {
+Verifier = Callable[[TokenTree, Floats, np.random.Generator], Verdict]
+
+_NONE = np.zeros(0, np.int64)
+_VERIFIERS: dict[VerifierName, Verifier] = {
     "gbv": verify_gbv,
     "kseq": verify_kseq,
     "match": verify_match,
@@ -74,6 +89,8 @@ def _verify_kind(kind: str, works: ListLike[Work], logits: Tensor) -> list[Verdi
     p = target_laws(logits, filters)
     if kind == "seeded":
         return _follow_all(works, seeded_pick(p, _noise(works, p.device)))
+    if is_far(p):
+        return verify_far([Case.of(work) for work in works], p)
     (laws,) = to_host(p)
     has_law = np.isfinite(laws[:, 0])  # a softmax is NaN in all of a row or nowhere
     verdicts, start = list[Verdict | None](), 0
@@ -86,6 +103,59 @@ def _verify_kind(kind: str, works: ListLike[Work], logits: Tensor) -> list[Verdi
             verdict = verifier(work.tree, laws[start:stop], sequence.rng)
         verdicts.append(verdict)
         start = stop
+    return verdicts
+
+
+class Case(NamedTuple):
+    """What one sequence asks of verification."""
+
+    tree: TokenTree
+    verifier: Verifier
+    rng: np.random.Generator
+
+    @classmethod
+    def of(cls, work: Work) -> "Case":
+        """A work as it is."""
+        sequence = work.job.sequence
+        return cls(work.tree, _VERIFIERS[sequence.verifier], sequence.rng)
+
+
+def verify_far(cases: ListLike[Case], p: Tensor) -> list[Verdict | None]:
+    """Verify trees whose laws stay where they are.
+
+    p        [nodes, vocab] float32, the cases' nodes one after the other: the target's laws
+    returns  None for a case whose rows are no law, as `verify_works`
+    raises   LawError as the verifiers
+    law      that of the verifiers: see `lump`
+    cost     one wait: for p where drafters could have drawn something, for the sum of the others
+             and a token of them per node. A few passes over p where it lies
+    """
+    lumps = [None if case.verifier is verify_match else lump(case.tree) for case in cases]
+    starts = np.cumsum([0, *(len(case.tree) for case in cases)])
+    known = [(each, start) for each, start in zip(lumps, starts[:-1], strict=True) if each]
+    rows = np.concatenate([_NONE, *(each.nodes + start for each, start in known)])
+    tokens = np.concatenate([_NONE, *(each.tokens for each, _ in known)])
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < p.shape[-1]:
+        raise LawError(
+            f"slots carry tokens from {tokens.min()} to {tokens.max()} and the target's vocabulary "
+            f"has {p.shape[-1]}: drop them while drafting"
+        )
+    at = torch.from_numpy(np.stack((rows, tokens))).to(p.device, non_blocking=True)
+    others = p.index_put((at[0], at[1]), p.new_zeros(())) if len(rows) else p
+    drawn, sums = draw_rows(others, [(case.rng, len(case.tree)) for case in cases])
+    inside, drawn_tokens, masses = to_host(p[at[0], at[1]], drawn, sums)
+    verdicts, first = list[Verdict | None](), 0
+    for case, lumped, start, stop in zip(cases, lumps, starts[:-1], starts[1:], strict=True):
+        own, mass = drawn_tokens[start:stop], masses[start:stop]
+        if lumped is None:
+            verdicts.append(follow(case.tree, own) if np.isfinite(mass).all() else None)
+            continue
+        last = first + len(lumped.tokens)
+        laws, first = lumped.laws(inside[first:last], mass), last
+        if not np.isfinite(laws).all():
+            verdicts.append(None)
+            continue
+        verdicts.append(lumped.verdict(case.verifier(lumped.tree, laws, case.rng), own))
     return verdicts
 
 

@@ -1,10 +1,15 @@
-"""From the device to the host: several tensors, one wait."""
+"""From the device to the host: what is far away, and several tensors with one wait."""
 
 from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+
+def is_far(tensor: Tensor) -> bool:
+    """Whether copying it to the host costs: then only what is small should be."""
+    return tensor.device.type != "cpu"
 
 
 def to_host(*tensors: Tensor) -> list[npt.NDArray[Any]]:
