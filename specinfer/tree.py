@@ -63,8 +63,9 @@ class Law:
         """Where some tokens stand in the row; those it has not are left out."""
         if self.tokens is None:
             return list(tokens)
-        support = self.tokens[self.row].tolist()
-        return [support.index(token) for token in tokens if token in support]
+        support = self.tokens[self.row]
+        places = [int((support == token).argmax()) for token in tokens]
+        return [at for at, token in zip(places, tokens, strict=True) if support[at] == token]
 
     def token(self, column: int) -> int:
         """What a column of the row stands for."""

@@ -6,6 +6,7 @@ does in production: drafters, filters, batches, trees cut by max_tokens, generat
 
 from collections import Counter
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -94,15 +95,18 @@ def chance_of(
     prompt: Sequence[int] = PROMPT,
     num_runs: int = NUM_RUNS,
     engine_seed: int = 0,
+    device: str = "cpu",
     **fields: Any,
 ) -> float:
     """The G-test's chance for the first two of three tokens."""
     params = SamplingParams(max_tokens=3, n=num_runs, **fields)
     num_blocks = 256
     engine = toy_engine(
-        TARGET,
+        deepcopy(TARGET).to(device),
         [
-            model_drafter(each, num_blocks * 32) if isinstance(each, Decoder) else each
+            model_drafter(deepcopy(each).to(device), num_blocks * 32)
+            if isinstance(each, Decoder)
+            else each
             for each in drafters
         ],
         speculation=speculation,
@@ -203,6 +207,22 @@ def test_the_engine_follows_the_law_far_away(monkeypatch: pytest.MonkeyPatch) ->
         name = f"{verifier}, {draw}, {tree}"
         chances[name] = chance_of(speculation, num_runs=NUM_RUNS // 2, **options)
     check(chances)
+
+
+@pytest.mark.gpu
+def test_the_engine_follows_the_law_on_a_gpu() -> None:
+    def chance(tree: str, verifier: VerifierName, draw: Draw, **options: Any) -> float:
+        speculation = Speculation(tree=tree, verifier=verifier, draw=draw)
+        return chance_of(speculation, device="cuda", **options)
+
+    check(
+        {
+            "traversal": chance("2,2", "traversal", "without-replacement"),
+            "topdown": chance("3,1", "topdown", "iid", drafters=(FIRST, SECOND)),
+            "match": chance("2,2", "match", "pick"),
+            "plain": chance("off", "auto", "auto", drafters=()),
+        }
+    )
 
 
 @pytest.mark.slow

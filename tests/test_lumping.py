@@ -79,12 +79,12 @@ def assert_same(verifier: Any, drafted: Sequence[tuple[float, TokenTree]], targe
 @pytest.mark.parametrize("draw", DRAWS)
 def test_a_far_verdict_has_the_law_of_a_near_one(draw: str, verifier: Any) -> None:
     """Laws have zeros, so that there are others: of the drafter's, of the target's, of both."""
-    for seed, kind in enumerate(KINDS):
+    for seed, kind in enumerate(("zeros", "one-hot target", "one-hot drafter", "disjoint")):
         target, first, second = toys(kind, seed, vocab=4)
         drafted = list(outcomes(fixed(first, (2, 1), draw)))
-        assert_same(verifier, drafted[:40], target)
+        assert_same(verifier, drafted[:20], target)
         both = merged(fixed(first, (1, 1), draw), fixed(second, (1,), "iid", source=1))
-        assert_same(verifier, list(outcomes(both))[:40], target)
+        assert_same(verifier, list(outcomes(both))[:20], target)
 
 
 @pytest.mark.parametrize("verifier", builders.BASELINES)
@@ -92,7 +92,7 @@ def test_far_baselines_have_the_law_of_near_ones(verifier: Any) -> None:
     for seed, kind in enumerate(KINDS):
         target, drafter, _ = toys(kind, seed, vocab=4)
         for grow in (fixed(drafter, (3,), "iid"), paths(drafter, 2, 2)):
-            assert_same(verifier, list(outcomes(grow))[:60], target)
+            assert_same(verifier, list(outcomes(grow))[:20], target)
 
 
 # --- trees from cut laws --------------------------------------------------------------------------
@@ -227,9 +227,10 @@ def picks_stay_among_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(self: Lumped, inside: Any, others: Any) -> Any:
         p = laws(self, inside, others)
-        for slot in self.tree.slots:
+        (tree,) = self.trees
+        for slot in tree.slots:
             if slot.law is PICK:
-                p[slot.parent, 0] += p[slot.parent, self.tree.tokens[slot.node]]
+                p[slot.parent, 0] += p[slot.parent, tree.tokens[slot.node]]
         return p / p.sum(-1, keepdims=True)
 
     monkeypatch.setattr(Lumped, "laws", wrong)
@@ -263,7 +264,7 @@ def test_another_mass_of_others_shows(
             "drawn, sums = draw_rows(others, ",
             "sums = others.sum(-1)\n    drawn, _ = draw_rows(p, ",
         ),
-        ("last = first + len(lumped.tokens)", "last = first + len(lumped.tokens); own = own[::-1]"),
+        ("(index, local, others_drawn)", "(index, local, others_drawn[::-1])"),
     ],
 )
 def test_a_broken_rule_shows(
@@ -278,9 +279,8 @@ def test_a_broken_rule_shows(
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("tuple(own[token] for token in law.seen)", "()"),  # as if drawn with replacement
-        ("row[placed] = probabilities", "row[placed] = probabilities[::-1]"),
-        ("+ local.next_token - 1", "- local.next_token"),
+        ("tuple(own.get(token, OTHERS) for token in law.seen)", "()"),  # as if drawn anew
+        ("law_row[columns] = probabilities", "law_row[columns] = probabilities[::-1]"),
     ],
 )
 def test_a_tree_lumped_wrongly_shows(
@@ -329,4 +329,28 @@ def test_little_is_copied_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = verify_far(cases, laws)
     assert all(verdict is not None and len(verdict.path) > 3 for verdict in verdicts[1:3])
     assert len(copied) == 1
-    assert copied[0] < 2 * 12 * (growth.SUPPORT + 1) * 4 + 40 * 16
+    assert copied[0] <= len(VERIFIERS) * 12 * growth.SUPPORT * 4 + 40 * 16
+
+
+@pytest.mark.gpu
+def test_a_gpu_decides_as_a_processor() -> None:
+    """The same laws and generators give the same verdicts, at a real vocabulary."""
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(25, 128_256, generator=generator) * 4
+    p = torch.softmax(scores, -1)
+    q = torch.softmax(scores + torch.randn(scores.shape, generator=generator) / 2, -1)
+    drawn = {}
+    for device in ("cpu", "cuda"):
+        drawable = Drawable.of(q.to("cuda"))
+        verdicts = []
+        for seed in range(20):
+            rng, tree = np.random.default_rng(seed), TokenTree(0)
+            for node in range(12):
+                rows, tokens = drawable.rows, drawable.tokens
+                add_without_replacement(tree, node, rows, node, 2, rng, tokens=tokens)
+            for verifier in VERIFIERS:
+                case = Case(tree, verifier, request_generator(0, seed))
+                verdicts += verify_far([case], p[: len(tree)].to(device))
+        drawn[device] = [(each.path, each.next_token) for each in verdicts if each is not None]
+    assert drawn["cpu"] == drawn["cuda"]
+    assert any(path for path, _ in drawn["cpu"])

@@ -171,8 +171,9 @@ def _tilted(laws: Tensor, growth: Growth, draft: Draft, nodes: list[int]) -> Ten
     )
 
 
-SUPPORT = 64
-"""To so many likeliest tokens a law is cut that is drawn from but would be dear to copy."""
+SUPPORT = 256
+"""To so many likeliest tokens a law is cut that is drawn from but would be dear to copy: at
+temperature 1 the bundled pair's overlap falls from 0.689 to 0.673, at 0.6 by less than 0.001."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,6 @@ from specinfer.baselines import verify_gbv, verify_kseq
 from specinfer.config import VerifierName
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.work import Work
-from specinfer.errors import LawError
 from specinfer.history import Edits
 from specinfer.lumping import lump
 from specinfer.ops.transfer import is_far, to_host
@@ -30,7 +29,6 @@ from specinfer.verify import Verdict, follow, verify_match, verify_topdown, veri
 
 Verifier = Callable[[TokenTree, Floats, np.random.Generator], Verdict]
 
-_NONE = np.zeros(0, np.int64)
 _VERIFIERS: dict[VerifierName, Verifier] = {
     "gbv": verify_gbv,
     "kseq": verify_kseq,
@@ -130,32 +128,22 @@ def verify_far(cases: ListLike[Case], p: Tensor) -> list[Verdict | None]:
     cost     one wait: for p where drafters could have drawn something, for the sum of the others
              and a token of them per node. A few passes over p where it lies
     """
-    lumps = [None if case.verifier is verify_match else lump(case.tree) for case in cases]
-    starts = np.cumsum([0, *(len(case.tree) for case in cases)])
-    known = [(each, start) for each, start in zip(lumps, starts[:-1], strict=True) if each]
-    rows = np.concatenate([_NONE, *(each.nodes + start for each, start in known)])
-    tokens = np.concatenate([_NONE, *(each.tokens for each, _ in known)])
-    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < p.shape[-1]:
-        raise LawError(
-            f"slots carry tokens from {tokens.min()} to {tokens.max()} and the target's vocabulary "
-            f"has {p.shape[-1]}: drop them while drafting"
-        )
-    at = torch.from_numpy(np.stack((rows, tokens))).to(p.device, non_blocking=True)
-    others = p.index_put((at[0], at[1]), p.new_zeros(())) if len(rows) else p
+    lumped = lump([case.tree for case in cases], p.shape[-1])
+    at = torch.from_numpy(np.stack((lumped.rows, lumped.tokens)))
+    row, token = at.to(p.device, non_blocking=True)
+    others = p.index_put((row, token), p.new_zeros(())) if len(row) else p
     drawn, sums = draw_rows(others, [(case.rng, len(case.tree)) for case in cases])
-    inside, drawn_tokens, masses = to_host(p[at[0], at[1]], drawn, sums)
-    verdicts, first = list[Verdict | None](), 0
-    for case, lumped, start, stop in zip(cases, lumps, starts[:-1], starts[1:], strict=True):
-        own, mass = drawn_tokens[start:stop], masses[start:stop]
-        if lumped is None:
-            verdicts.append(follow(case.tree, own) if np.isfinite(mass).all() else None)
-            continue
-        last = first + len(lumped.tokens)
-        laws, first = lumped.laws(inside[first:last], mass), last
-        if not np.isfinite(laws).all():
-            verdicts.append(None)
-            continue
-        verdicts.append(lumped.verdict(case.verifier(lumped.tree, laws, case.rng), own))
+    inside, others_drawn, others_sums = to_host(p[row, token], drawn, sums)
+    laws = lumped.laws(inside, others_sums)
+    has_law = np.isfinite(laws)
+    verdicts = list[Verdict | None]()
+    for index, (case, tree) in enumerate(zip(cases, lumped.trees, strict=True)):
+        start, stop = lumped.starts[index : index + 2]
+        verdict = None
+        if has_law[start:stop].all():
+            local = case.verifier(tree, laws[start:stop], case.rng)
+            verdict = lumped.verdict(index, local, others_drawn)
+        verdicts.append(verdict)
     return verdicts
 
 
