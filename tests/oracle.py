@@ -170,12 +170,20 @@ def far(verifier: Verify, verify_far: Any = None) -> Verify:
     """A verifier as it is run on laws that are far away."""
 
     def verify(tree: TokenTree, p: Any, rng: Any) -> Verdict:
-        case = verification.Case(tree, verifier, rng)
-        (verdict,) = (verify_far or verification.verify_far)([case], torch.from_numpy(p))
+        (verdict,) = verify_all([verification.Case(tree, verifier, rng)], p, verify_far)
         assert verdict is not None
         return verdict
 
     return verify
+
+
+def verify_all(cases: Sequence[verification.Case], p: Any, verify_far: Any = None) -> Any:
+    """Cases whose laws are far away, together.
+
+    p  [nodes, vocab], array or tensor
+    """
+    lumped = verification.lump([case.tree for case in cases], p.shape[-1])
+    return (verify_far or verification.verify_far)(cases, lumped, torch.as_tensor(p))
 
 
 def verify_greedy(tree: TokenTree, p: Any) -> Verdict:

@@ -17,7 +17,7 @@ from specinfer import lumping
 from specinfer.draft import growth
 from specinfer.draft.growth import Drawable
 from specinfer.engine import verification
-from specinfer.engine.verification import Case, verify_far
+from specinfer.engine.verification import Case
 from specinfer.errors import LawError
 from specinfer.lumping import Lumped
 from specinfer.sampling import add_without_replacement, request_generator
@@ -42,6 +42,7 @@ from tests.oracle import (
     paths,
     target_rows,
     toys,
+    verify_all,
 )
 
 EXACT = 1e-9
@@ -142,7 +143,7 @@ def test_two_requests_share_the_work_and_nothing_else() -> None:
     p = torch.from_numpy(np.concatenate(rows))
 
     def both(rng: Any) -> list[Any]:
-        return verify_far([Case(tree, verify_traversal, rng) for tree in trees], p)
+        return verify_all([Case(tree, verify_traversal, rng) for tree in trees], p)
 
     joint: dict[Any, float] = defaultdict(float)
     for chance, verdicts in outcomes(both):
@@ -157,11 +158,11 @@ def test_two_requests_share_the_work_and_nothing_else() -> None:
     p[len(trees[0])] = torch.nan
     rngs = [request_generator(0, number) for number in range(2)]
     cases = [Case(tree, verify_topdown, rng) for tree, rng in zip(trees, rngs, strict=True)]
-    kept, lost = verify_far(cases, p)
+    kept, lost = verify_all(cases, p)
     assert kept is not None
     assert lost is None
     cases = [case._replace(verifier=verify_match) for case in cases]
-    assert [verdict is None for verdict in verify_far(cases, p)] == [False, True]
+    assert [verdict is None for verdict in verify_all(cases, p)] == [False, True]
 
 
 # --- broken rules must show -----------------------------------------------------------------------
@@ -300,7 +301,7 @@ def test_a_token_of_no_vocabulary_is_refused() -> None:
     p = torch.full((2, 9), 1 / 9)
     for verifier in builders.LAW_VERIFIERS:
         with pytest.raises(LawError, match="9"):
-            verify_far([Case(tree, verifier, request_generator(0, 0))], p)
+            verify_all([Case(tree, verifier, request_generator(0, 0))], p)
 
 
 def test_little_is_copied_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +327,7 @@ def test_little_is_copied_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
             add_without_replacement(tree, node, rows, row, 1, rng, tokens=tokens)
         cases.append(Case(tree, verifier, rng))
     cases.append(Case(TokenTree(0), verify_traversal, rng))
-    verdicts = verify_far(cases, laws)
+    verdicts = verify_all(cases, laws)
     assert all(verdict is not None and len(verdict.path) > 3 for verdict in verdicts[1:3])
     assert len(copied) == 1
     assert copied[0] <= len(VERIFIERS) * 12 * growth.SUPPORT * 4 + 40 * 16
@@ -350,7 +351,7 @@ def test_a_gpu_decides_as_a_processor() -> None:
                 add_without_replacement(tree, node, rows, node, 2, rng, tokens=tokens)
             for verifier in VERIFIERS:
                 case = Case(tree, verifier, request_generator(0, seed))
-                verdicts += verify_far([case], p[: len(tree)].to(device))
+                verdicts += verify_all([case], p[: len(tree)].to(device))
         drawn[device] = [(each.path, each.next_token) for each in verdicts if each is not None]
     assert drawn["cpu"] == drawn["cuda"]
     assert any(path for path, _ in drawn["cpu"])

@@ -14,7 +14,7 @@ from specinfer.config import VerifierName
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.work import Work
 from specinfer.history import Edits
-from specinfer.lumping import lump
+from specinfer.lumping import Lumped, lump
 from specinfer.ops.transfer import is_far, to_host
 from specinfer.sampling import (
     NO_PICK,
@@ -84,11 +84,13 @@ def _verify_kind(kind: str, works: ListLike[Work], logits: Tensor) -> list[Verdi
     filters = _filters(works, logits.device)
     if kind == "greedy":
         return _follow_all(works, greedy_picks(logits, filters))
+    if kind == "law" and is_far(logits):
+        lumped = lump([work.tree for work in works], logits.shape[-1])  # while the target computes
+        cases = [Case.of(work) for work in works]
+        return verify_far(cases, lumped, target_laws(logits, filters))
     p = target_laws(logits, filters)
     if kind == "seeded":
         return _follow_all(works, seeded_pick(p, _noise(works, p.device)))
-    if is_far(p):
-        return verify_far([Case.of(work) for work in works], p)
     (laws,) = to_host(p)
     has_law = np.isfinite(laws[:, 0])  # a softmax is NaN in all of a row or nowhere
     verdicts, start = list[Verdict | None](), 0
@@ -118,9 +120,10 @@ class Case(NamedTuple):
         return cls(work.tree, _VERIFIERS[sequence.verifier], sequence.rng)
 
 
-def verify_far(cases: ListLike[Case], p: Tensor) -> list[Verdict | None]:
+def verify_far(cases: ListLike[Case], lumped: Lumped, p: Tensor) -> list[Verdict | None]:
     """Verify trees whose laws stay where they are.
 
+    lumped   the cases' trees
     p        [nodes, vocab] float32, the cases' nodes one after the other: the target's laws
     returns  None for a case whose rows are no law, as `verify_works`
     raises   LawError as the verifiers
@@ -128,7 +131,6 @@ def verify_far(cases: ListLike[Case], p: Tensor) -> list[Verdict | None]:
     cost     one wait: for p where drafters could have drawn something, for the sum of the others
              and a token of them per node. A few passes over p where it lies
     """
-    lumped = lump([case.tree for case in cases], p.shape[-1])
     at = torch.from_numpy(np.stack((lumped.rows, lumped.tokens)))
     row, token = at.to(p.device, non_blocking=True)
     others = p.index_put((row, token), p.new_zeros(())) if len(row) else p
