@@ -20,6 +20,7 @@ from specinfer.engine import verification
 from specinfer.engine.verification import Case
 from specinfer.errors import LawError
 from specinfer.lumping import Lumped
+from specinfer.ops.transfer import to_host
 from specinfer.sampling import add_without_replacement, request_generator
 from specinfer.tree import PICK, Law, Slot, TokenTree
 from specinfer.verify import verify_match, verify_topdown, verify_traversal
@@ -305,19 +306,21 @@ def test_a_token_of_no_vocabulary_is_refused() -> None:
 
 
 def test_little_is_copied_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Per step, whatever its requests; nothing of it grows with the vocabulary."""
+    """Per pass and step, whatever its requests; nothing of it grows with the vocabulary."""
     copied: list[int] = []
-    to_host = verification.to_host
 
     def counting(*tensors: Tensor) -> list[Any]:
         copied.append(sum(tensor.nbytes for tensor in tensors))
         return to_host(*tensors)
 
+    monkeypatch.setattr(growth, "to_host", counting)
     monkeypatch.setattr(verification, "to_host", counting)
     monkeypatch.setattr(growth, "is_far", lambda tensor: True)
     generator = torch.Generator().manual_seed(0)
     laws = torch.softmax(torch.randn(40, 5000, generator=generator) * 8, -1)
     drawable = Drawable.of(laws)
+    assert drawable.likeliest(1)[0] == [(int(laws[0].argmax()), float(drawable.rows[0, 0]))]
+    assert copied == [40 * growth.SUPPORT * (4 + 8)]
     cases, rng = [], np.random.default_rng(0)
     for number, verifier in enumerate(VERIFIERS):
         tree = TokenTree(0)
@@ -329,8 +332,8 @@ def test_little_is_copied_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     cases.append(Case(TokenTree(0), verify_traversal, rng))
     verdicts = verify_all(cases, laws)
     assert all(verdict is not None and len(verdict.path) > 3 for verdict in verdicts[1:3])
-    assert len(copied) == 1
-    assert copied[0] <= len(VERIFIERS) * 12 * growth.SUPPORT * 4 + 40 * 16
+    assert len(copied) == 2
+    assert copied[1] <= len(VERIFIERS) * 12 * growth.SUPPORT * 4 + 40 * 16
 
 
 @pytest.mark.gpu
