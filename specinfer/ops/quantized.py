@@ -5,7 +5,8 @@
 
 Every token has a scale of its own, so a row's result is the same bits alone and in any batch.
 The fast kernels are ours (`ops/native`), which read half and a quarter of bfloat16's bytes; without
-them int8 is oneDNN's on VNNI and int4 is torch's.
+them int8 is oneDNN's on VNNI and int4 is torch's. A GPU's products, and all with fp8, which is
+rounded here too, are in `ops/triton_linear.py`.
 """
 
 import platform
@@ -28,6 +29,7 @@ _pack_int4: Any = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
 _multiply_int4: Any = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
 _LARGEST = 127
+_LARGEST_FP8 = 448.0
 _ZERO = 128
 """oneDNN's fast kernel takes activations without a sign: 128 stands for 0."""
 _SMALLEST = 1e-30
@@ -50,13 +52,23 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight   [outputs, inputs]
     returns  values [outputs, inputs] int8, scales [outputs, 1] float32 that bfloat16 holds exactly
     """
-    values = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0], 1)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(weight.shape[0], 1, device=weight.device)
     for rows in _row_chunks(weight):
-        part = weight[rows].float()
-        scale = (part.abs().amax(-1, keepdim=True) / _LARGEST).clamp_(min=_SMALLEST)
-        scales[rows] = scale = scale.bfloat16().float()
-        values[rows] = (part / scale).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
+        part, scale = _scaled(weight[rows], _LARGEST)
+        scales[rows] = scale
+        values[rows] = part.round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
+    return values, scales
+
+
+def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same to float8_e4m3fn: the nearest of its values, the even one of two."""
+    values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scales = torch.empty(weight.shape[0], 1, device=weight.device)
+    for rows in _row_chunks(weight):
+        part, scale = _scaled(weight[rows], _LARGEST_FP8)
+        scales[rows] = scale
+        values[rows] = part.clamp_(-_LARGEST_FP8, _LARGEST_FP8).to(torch.float8_e4m3fn)
     return values, scales
 
 
@@ -74,8 +86,8 @@ def quantize_int4(weight: Tensor, group_size: int, *, fast: bool = True) -> tupl
     if fast and (found := round_int4(weight, group_size)) is not None:
         return found
     outputs, inputs = weight.shape
-    values = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(outputs, inputs // group_size)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(outputs, inputs // group_size, device=weight.device)
     for rows in _row_chunks(weight):
         part = weight[rows].float().unflatten(-1, (-1, group_size))
         low, high = part.aminmax(dim=-1, keepdim=True)
@@ -98,7 +110,7 @@ def quantize_int4(weight: Tensor, group_size: int, *, fast: bool = True) -> tupl
 def dequantize(values: Tensor, scales: Tensor) -> Tensor:
     """What quantised weights stand for: [outputs, inputs] float32.
 
-    values   [outputs, inputs] int8
+    values   [outputs, inputs] int8 or float8_e4m3fn
     scales   [outputs, groups] float32
     """
     grouped = values.float().view(*scales.shape, -1)
@@ -281,6 +293,14 @@ def _fold(x: Tensor) -> Tensor:
     while (size := x.shape[-1]) > 1:
         x = x[..., : size // 2] + x[..., size // 2 :]
     return x
+
+
+def _scaled(weight: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Each row over its scale, and the scales, so that the largest weight is `largest`."""
+    part = weight.float()
+    scale = (part.abs().amax(-1, keepdim=True) / largest).clamp_(min=_SMALLEST)
+    scale = scale.bfloat16().float()
+    return part / scale, scale
 
 
 def _few_bits(scales: Tensor) -> Tensor:
