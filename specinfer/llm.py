@@ -118,7 +118,8 @@ class LLM:
         dtype            "auto" (the checkpoint's) | "bfloat16" | "float16" | "float32"
         device           "auto" | "cpu" | "cuda"
         quantization     round the model's linears while they are read: "int8" | "int4" (groups of
-                         32) | "int4-64" | "int4-128"; None: as the checkpoint is
+                         32) | "int4-64" | "int4-128" | "fp8" (on a GPU); None: as the checkpoint
+                         is
         drafter_quantization  the same for the drafters
         max_num_seqs …   as in `EngineConfig`
         calibration      a file for what was learnt of acceptance: read now where it exists, written

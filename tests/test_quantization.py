@@ -9,23 +9,30 @@ from safetensors.torch import load_file, save_file
 
 from specinfer import LLM, ConfigError, SamplingParams, Speculation
 from specinfer.errors import CheckpointError, ModelError, UnsupportedModelError
+from specinfer.models import weights
+from specinfer.models.decoder import Decoder
 from specinfer.models.layers import Linear
 from specinfer.models.quantization import (
     HEAD_KEY,
     QUANTIZATIONS,
+    Quantization,
     decode,
     describe,
     encode,
     read_stored,
+    resolve_quantization,
 )
 from specinfer.models.quantized_folder import quantize_folder
-from specinfer.models.weights import load_decoder
-from specinfer.ops.quantized import dequantize
+from specinfer.models.weights import _Loader, load_decoder, resolve_model
+from specinfer.ops.quantized import Int4Weight, dequantize
+from specinfer.ops.triton_linear import TritonWeight
+from specinfer.run.runner import Runner
 from tests.command_line import run
+from tests.engines import chain, run_pages
 from tests.helpers import FAMILIES, toy_config
 from tests.test_decoder import flat_logits, random_sequences, save_random
 
-INT8, INT4 = QUANTIZATIONS["int8"], QUANTIZATIONS["int4"]
+INT8, INT4, FP8 = (QUANTIZATIONS[name] for name in ("int8", "int4", "fp8"))
 CASES = {
     **{family: toy_config(family, intermediate_size=64) for family in FAMILIES},
     "tied": toy_config(intermediate_size=64, tie_word_embeddings=True),
@@ -63,6 +70,63 @@ def test_fast_and_plain_weights_compute_the_same(tmp_path):
     for scheme in (INT8, INT4):
         fast, plain = (logits(tmp_path, quantization=scheme, packed=b) for b in (True, False))
         assert (fast - plain).abs().max() < 1e-4 * plain.abs().max()
+
+
+def dequantised(decoder: Decoder, scheme: Quantization) -> Decoder:
+    """A plain decoder whose weights are what the rounded ones stand for, the head's of int8."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, Linear):
+            own = INT8 if name == "lm_head" else scheme
+            module.weight.copy_(dequantize(*own.quantize(module.weight)))
+    if decoder.lm_head is None:
+        head = INT8.quantize(decoder.embedding.weight)
+        decoder.tied_head = Int4Weight(*head, dtype=decoder.dtype, fast=False)
+    return decoder
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [("biases", INT8), ("tied", INT4), ("biases", FP8)],
+    ids=["int8", "int4", "fp8"],
+)
+@torch.inference_mode()
+def test_what_a_gpu_holds_is_what_was_rounded(name, scheme, tmp_path, monkeypatch):
+    """Read as for a GPU and run by the interpreter: rounded while it is read, and as written."""
+    pytest.importorskip("triton")
+    gpu = torch.device("cuda")
+
+    def pack(loader: _Loader, scheme, values, scales) -> TritonWeight:
+        return TritonWeight(values, scales, bits=scheme.bits, dtype=loader.dtype)
+
+    monkeypatch.setattr(_Loader, "_pack_rounded", pack)
+    monkeypatch.setattr(
+        weights,
+        "resolve_quantization",
+        lambda asked, config, device: resolve_quantization(asked, config, gpu),
+    )
+    save_random(CASES[name], tmp_path / "plain")
+    quantize_folder(tmp_path / "plain", tmp_path / "saved", scheme)
+    plain = load_decoder(tmp_path / "plain", packed=False)
+    expected = flat_logits(dequantised(plain, scheme), random_sequences())
+    asked = logits(tmp_path / "plain", quantization=scheme)
+    torch.testing.assert_close(asked, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(tmp_path / "saved"), asked)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", QUANTIZATIONS.values(), ids=lambda scheme: scheme.name)
+@torch.inference_mode()
+def test_a_gpu_computes_what_was_rounded(scheme):
+    """The bundled target in captured steps, beside a processor with the same weights."""
+    folder = resolve_model("zoo:parley")
+    plain = load_decoder(folder, dtype="float32", packed=False)
+    options = {"dtype": "bfloat16", "device": "cuda", "quantization": scheme}
+    device = Runner(load_decoder(folder, **options), 64)
+    spans = [chain([5, 9, 300, 17, 2, 44, 1000], run_pages(64), num_logits=7)]
+    expected = Runner(dequantised(plain, scheme), 64).run(spans)
+    for _ in range(2):
+        actual = device.run(spans).cpu()
+        assert (actual - expected).norm() <= 0.01 * expected.norm()
 
 
 def test_all_linears_are_rounded_and_the_embedding_is_not(tmp_path):
@@ -119,6 +183,28 @@ def test_a_folder_of_another_tool_is_read(tmp_path):
     one = torch.eye(32)
     found = ours.layers[0].output(one)
     assert torch.allclose(found.T, meant["model.layers.0.self_attn.o_proj.weight"], atol=1e-6)
+
+
+def test_fp8_of_another_tool_is_read():
+    """As most are made: activations by token, which we leave as they are."""
+    by_token = describe(FP8)["config_groups"]["group_0"]["weights"] | {
+        "strategy": "token",
+        "dynamic": True,
+    }
+    stored = describe(FP8)
+    assert stored["config_groups"]["group_0"]["input_activations"] is None
+    stored["config_groups"]["group_0"]["input_activations"] = by_token
+    assert read_stored({"quantization_config": stored}).name == "fp8"
+    stored["config_groups"]["group_0"]["input_activations"] = by_token | {"dynamic": False}
+    with pytest.raises(UnsupportedModelError):
+        read_stored({"quantization_config": stored})
+
+
+def test_fp8_that_is_no_number_is_refused():
+    tensors = encode(FP8, "m", torch.ones(2, 3), torch.bfloat16)
+    tensors["m.weight"].view(torch.uint8)[1, 2] = 0xFF
+    with pytest.raises(CheckpointError, match=r"m.weight has NaN in it"):
+        decode(FP8, "m", tensors.__getitem__)
 
 
 def half_rounded(path):
@@ -181,8 +267,10 @@ def test_other_schemes_are_refused(stored):
 
 
 def test_what_cannot_be_asked_for(tmp_path):
-    with pytest.raises(ConfigError, match="quantization='fp8': use one of int8, int4, int4-64"):
-        LLM("zoo:parley", quantization="fp8")
+    with pytest.raises(ConfigError, match="quantization='fp4': use one of int8, int4, int4-64"):
+        LLM("zoo:parley", quantization="fp4")
+    with pytest.raises(ConfigError, match=r"'fp8' on device='cpu': .*use quantization=\"int8\""):
+        LLM("zoo:parley", quantization="fp8", device="cpu")
     with pytest.raises(ConfigError, match="drafter_quantization='int3': use one of int8"):
         LLM("zoo:parley", drafters="zoo:parley-draft", drafter_quantization="int3")
     for drafters in ([], ["ngram"]):
@@ -198,8 +286,6 @@ def test_what_cannot_be_asked_for(tmp_path):
         quantize_folder(tmp_path / "plain", tmp_path / "saved", INT8)
     with pytest.raises(ModelError, match="is quantised already"):
         quantize_folder(tmp_path / "saved", tmp_path / "again", INT8)
-    with pytest.raises(ConfigError, match=r"int4.*is not built yet: use device="):
-        load_decoder(tmp_path / "plain", quantization=INT4, device="cuda")
     with pytest.raises(ConfigError, match="groups of 32"):
         quantize_folder(tmp_path / "plain", tmp_path / "failed", INT4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "saved"]
@@ -228,6 +314,10 @@ def test_trees_write_what_plain_decoding_writes(scheme):
 
 
 def test_the_command_writes_what_the_flag_computes(tmp_path):
+    assert run("quantize", "zoo:parley", str(tmp_path / "fp8"), "--quantization", "fp8").output
+    refused = run("generate", "Hello", "--model", str(tmp_path / "fp8"), "--device", "cpu")
+    assert refused.exit_code == 2
+    assert "processors have no kernel for it" in refused.stderr
     out = tmp_path / "parley-int4"
     assert run("quantize", "zoo:parley", str(out), "--quantization", "int4").exit_code == 0
     again = run("quantize", "zoo:parley", str(out))

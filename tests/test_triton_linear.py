@@ -74,7 +74,9 @@ def test_a_product_is_its_formula(scheme: str | int, dtype: torch.dtype) -> None
             assert_is_formula(weight, meant, x, bias, TOLERANCE)
 
 
-@pytest.mark.parametrize(("scheme", "inputs"), [("fp8", 5), ("int8", 150), (32, 96), (64, 192)])
+@pytest.mark.parametrize(
+    ("scheme", "inputs"), [("fp8", 5), ("int8", 150), (32, 32), (32, 160), (64, 192), (64, 320)]
+)
 def test_inputs_that_fill_no_step(scheme: str | int, inputs: int) -> None:
     values, scales = rounded(scheme, 7, inputs)
     weight, meant = packed(scheme, values, scales, torch.bfloat16), dequantize(values, scales)

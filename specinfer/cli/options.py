@@ -49,9 +49,9 @@ class Loading:
                         the end
     dtype               auto (the checkpoint's), bfloat16, float16 or float32
     device              auto, cpu or cuda
-    quantization        round the model's weights while they are read: int8 (activations too, token
-                        by token), int4 (groups of 32), int4-64 or int4-128; None: as the
-                        checkpoint is
+    quantization        round the model's weights while they are read: int8 (on the CPU activations
+                        too, token by token), int4 (groups of 32), int4-64, int4-128, or on a GPU
+                        fp8; None: as the checkpoint is
     drafter_quantization  the same for the drafters; None: as their checkpoints are
     """
 

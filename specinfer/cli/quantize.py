@@ -10,10 +10,10 @@ def quantize(
     model: Annotated[str, typer.Argument(help="A Hugging Face id, a folder, or zoo:NAME.")],
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not be there.")],
     quantization: Annotated[
-        str, typer.Option(help="int8, int4 (groups of 32), int4-64 or int4-128.")
+        str, typer.Option(help="int8, int4 (groups of 32), int4-64, int4-128 or fp8 (for GPUs).")
     ] = "int8",
 ) -> None:
-    """Write a model with its weights rounded to int8 or int4.
+    """Write a model with its weights rounded to int8, int4 or fp8.
 
     The folder loads by its name like any other, computes what --quantization computes, and is in
     compressed-tensors' format.

@@ -2,26 +2,31 @@
 
 That is compressed-tensors, which vLLM and transformers read as well:
 
-    int8  `int-quantized`   X.weight I8 [out, in], X.weight_scale [out, 1]; activations by token
-    int4  `pack-quantized`  X.weight_packed I32 [out, in / 8], X.weight_scale [out, groups]
+    int8  `int-quantized`    X.weight I8 [out, in], X.weight_scale [out, 1]; activations by token
+    int4  `pack-quantized`   X.weight_packed I32 [out, in / 8], X.weight_scale [out, groups]
+    fp8   `float-quantized`  X.weight F8_E4M3 [out, in], X.weight_scale [out, 1]
 
-The output head is int8 in both where we quantise (as `quantized_lm_head` in config.json says); in
+The output head is int8 in all where we quantise (as `quantized_lm_head` in config.json says); in
 the file it keeps its dtype and is rounded when it is read, since a tied one is the embedding too.
+On a GPU activations are never rounded, whatever a file says: that is for speed alone.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specinfer.errors import ConfigError, UnsupportedModelError
-from specinfer.ops.quantized import quantize_int4, quantize_int8
+from specinfer.errors import CheckpointError, ConfigError, UnsupportedModelError
+from specinfer.ops.quantized import quantize_fp8, quantize_int4, quantize_int8
 
 GROUP_SIZES = (32, 64, 128)
 HEAD_KEY = "quantized_lm_head"
 """In config.json: whether a float output head is to be rounded to int8."""
+
+_FP8_NAN = 0x7F
+"""e4m3fn's only value that is no number, but for the sign."""
 
 _PER_WORD = 8
 """int4 values in a word of 32 bits, the first in the lowest bits, 8 added to each."""
@@ -33,25 +38,43 @@ class Quantization:
 
     group_size  inputs that share a scale; None: all of an output's
     head        whether the output head is rounded too, to int8
+    is_float    to float8_e4m3fn, not to integers
     """
 
     bits: int
     group_size: int | None = None
     head: bool = True
+    is_float: bool = False
 
     @property
     def name(self) -> str:
         """As users ask for it; plain "int4" has groups of 32."""
+        if self.is_float:
+            return f"fp{self.bits}"
         plain = self.group_size == _DEFAULT_GROUP[self.bits]
         return f"int{self.bits}" if plain else f"int{self.bits}-{self.group_size}"
+
+    @property
+    def format(self) -> str:
+        """As compressed-tensors calls it."""
+        if self.is_float:
+            return "float-quantized"
+        return "int-quantized" if self.bits == 8 else "pack-quantized"
 
     @property
     def suffixes(self) -> tuple[str, str]:
         """What follows a module's name in a checkpoint: of the values, of the scales."""
         return ("weight" if self.bits == 8 else "weight_packed"), "weight_scale"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return torch.float8_e4m3fn if self.is_float else torch.int8
+
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Round a weight [outputs, inputs] to values int8 and scales [outputs, groups]."""
+        """Round a weight [outputs, inputs] to values and scales [outputs, groups], where it is."""
+        if self.is_float:
+            return quantize_fp8(weight)
         if self.group_size is None:
             return quantize_int8(weight)
         return quantize_int4(weight, self.group_size)
@@ -72,7 +95,12 @@ class Quantization:
 
 _DEFAULT_GROUP = {8: None, 4: GROUP_SIZES[0]}
 QUANTIZATIONS: Mapping[str, Quantization] = {
-    each.name: each for each in (Quantization(8), *(Quantization(4, size) for size in GROUP_SIZES))
+    each.name: each
+    for each in (
+        Quantization(8),
+        *(Quantization(4, size) for size in GROUP_SIZES),
+        Quantization(8, is_float=True),
+    )
 }
 """What can be asked for."""
 
@@ -96,24 +124,16 @@ def resolve_quantization(
             the two differ or the device has no kernel
     """
     stored = read_stored(config)
-    if (
-        stored is not None
-        and asked is not None
-        and (asked.bits, asked.group_size)
-        != (
-            stored.bits,
-            stored.group_size,
-        )
-    ):
+    if stored is not None and asked is not None and asked.name != stored.name:
         raise ConfigError(
             f"quantization={asked.name!r} for a checkpoint that is {stored.name} already: leave "
             "quantization out, or give the unquantised checkpoint"
         )
     scheme = stored or asked
-    if scheme is not None and device.type != "cpu":
+    if scheme is not None and scheme.is_float and device.type == "cpu":
         raise ConfigError(
-            f"quantization={scheme.name!r} on device={str(device)!r} is not built yet: "
-            'use device="cpu", or leave quantization out'
+            f"quantization={scheme.name!r} on device={str(device)!r}: processors have no kernel "
+            'for it, use quantization="int8" with an unquantised checkpoint, or device="cuda"'
         )
     return scheme
 
@@ -129,24 +149,21 @@ def read_stored(config: Mapping[str, Any]) -> Quantization | None:
     head = config.get(HEAD_KEY) is True
     for known in QUANTIZATIONS.values():
         if _says(stored, known):
-            return Quantization(known.bits, known.group_size, head)
+            return replace(known, head=head)
     method = stored.get("quant_method", "unknown") if isinstance(stored, Mapping) else "unknown"
     raise UnsupportedModelError(
         f"quantization_config with quant_method={method!r} is not supported as it is: use a "
-        "checkpoint in compressed-tensors' int-quantized (int8 by channel, dynamic by token) or "
-        f"pack-quantized (symmetric int4 in groups of {', '.join(map(str, GROUP_SIZES))}), or the "
-        "unquantised weights"
+        "checkpoint in compressed-tensors' int-quantized (int8 by channel, dynamic by token), "
+        f"pack-quantized (symmetric int4 in groups of {', '.join(map(str, GROUP_SIZES))}) or "
+        "float-quantized (fp8 by channel), or the unquantised weights"
     )
 
 
 def describe(scheme: Quantization) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint whose linears, but for the head, are so rounded."""
-    inputs = _arguments(8, "token", dynamic=True) if scheme.bits == 8 else None
-    weights = (
-        _arguments(8, "channel", dynamic=False)
-        if scheme.group_size is None
-        else _arguments(scheme.bits, "group", dynamic=False, group_size=scheme.group_size)
-    )
+    inputs = _by_token(scheme) if scheme.format == "int-quantized" else None
+    strategy = "channel" if scheme.group_size is None else "group"
+    weights = _arguments(scheme, strategy, dynamic=False)
     return {
         "config_groups": {
             "group_0": {
@@ -156,7 +173,7 @@ def describe(scheme: Quantization) -> dict[str, Any]:
                 "weights": weights,
             }
         },
-        "format": _format(scheme),
+        "format": scheme.format,
         "global_compression_ratio": None,
         "ignore": ["lm_head"],
         "kv_cache_scheme": None,
@@ -188,7 +205,8 @@ def stored_shapes(
     values, scales = scheme.suffixes
     floats = ("bfloat16", "float16", "float32")
     if scheme.group_size is None:
-        return {values: (shape, ("I8",)), scales: ((outputs, 1), floats)}
+        stored = "F8_E4M3" if scheme.is_float else "I8"
+        return {values: (shape, (stored,)), scales: ((outputs, 1), floats)}
     return {
         values: ((outputs, inputs // _PER_WORD), ("I32",)),
         scales: ((outputs, inputs // scheme.group_size), floats),
@@ -198,29 +216,33 @@ def stored_shapes(
 def decode(
     scheme: Quantization, module: str, read: Callable[[str], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """A checkpoint's tensors → values [outputs, inputs] int8, scales [outputs, groups] float32."""
+    """A checkpoint's tensors → values [outputs, inputs], scales [outputs, groups] float32.
+
+    raises  CheckpointError for values that are no numbers
+    """
     values, scales = (read(f"{module}.{suffix}") for suffix in scheme.suffixes)
+    if scheme.is_float and (values.view(torch.uint8) & _FP8_NAN == _FP8_NAN).any():
+        raise CheckpointError(f"{module}.{scheme.suffixes[0]} has NaN in it: download it again")
     return (values if scheme.bits == 8 else _unpack(values)), scales.float()
 
 
-def _format(scheme: Quantization) -> str:
-    return "int-quantized" if scheme.bits == 8 else "pack-quantized"
+def _by_token(scheme: Quantization) -> dict[str, Any]:
+    """Activations rounded as the weights are."""
+    return _arguments(scheme, "token", dynamic=True)
 
 
-def _arguments(
-    bits: int, strategy: str, *, dynamic: bool, group_size: int | None = None
-) -> dict[str, Any]:
+def _arguments(scheme: Quantization, strategy: str, *, dynamic: bool) -> dict[str, Any]:
     return {
         "actorder": None,
         "block_structure": None,
         "dynamic": dynamic,
-        "group_size": group_size,
-        "num_bits": bits,
+        "group_size": scheme.group_size,
+        "num_bits": scheme.bits,
         "observer": None if dynamic else "minmax",
         "observer_kwargs": {},
         "strategy": strategy,
         "symmetric": True,
-        "type": "int",
+        "type": "float" if scheme.is_float else "int",
     }
 
 
@@ -234,11 +256,14 @@ def _says(stored: Any, scheme: Quantization) -> bool:
         return False
     if stored.get("kv_cache_scheme") or stored.get("sparsity_config"):
         return False
+    activations = [group["input_activations"]]
+    if scheme.is_float:
+        activations.append(_by_token(scheme))  # as most are made; not rounded here
     return all(
         isinstance(theirs, Mapping)
         and not theirs.get("output_activations")
         and _same(theirs.get("weights"), group["weights"])
-        and _same(theirs.get("input_activations"), group["input_activations"])
+        and any(_same(theirs.get("input_activations"), each) for each in activations)
         for theirs in stored["config_groups"].values()
     )
 

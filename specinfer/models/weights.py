@@ -37,6 +37,7 @@ from specinfer.models.quantization import (
 from specinfer.ops.linear import can_pack, can_pack_rows, computes_in, pack, pack_rows
 from specinfer.ops.packed import PackedWeight
 from specinfer.ops.quantized import pack_int4, pack_int8
+from specinfer.ops.triton_linear import TritonWeight
 
 Progress = Callable[[int, int], None]
 """progress(bytes read so far, bytes in all)"""
@@ -204,8 +205,9 @@ class _Loader:
         if not self.decoder.architecture.tied_embeddings:
             return
         if self.rounding.asked is not None and self.rounding.asked.head:
-            head = QUANTIZATIONS["int8"].quantize(self.decoder.embedding.weight.detach())
-            self.decoder.tied_head = pack_int8(*head, fast=self.fast, streamed=self.streamed)
+            scheme = QUANTIZATIONS["int8"]
+            head = scheme.quantize(self.decoder.embedding.weight.detach())
+            self.decoder.tied_head = self._pack_rounded(scheme, *head)
         elif self.packed and self.decoder.tied_head is None:
             copy = sizes["embedding.weight"]
             if copy <= max(TIED_COPY_SHARE * total, TIED_COPY_BYTES):
@@ -319,20 +321,28 @@ class _Loader:
         return is_tied and self.packed and not has_own_head and can_pack_rows(self.dtype)
 
     def _round(self, scheme: Quantization, parts: tuple[_Part, ...]) -> PackedWeight:
-        """The parts as one quantised weight, decoded or rounded one at a time."""
-        values = self._buffer(_stacked(parts), torch.int8)
+        """The parts as one quantised weight, decoded or rounded one at a time, on the device."""
+        values = self._buffer(_stacked(parts), scheme.dtype)
         scales, start = [], 0
         for part in parts:
             rows = slice(start, start + part.shape[0])
             start = rows.stop
             if self._is_rounded(part):
-                values[rows], scale = decode(scheme, part.module, self.checkpoint.read)
+                values[rows], scale = decode(scheme, part.module, self._read)
             else:
-                values[rows], scale = scheme.quantize(self.checkpoint.read(part.name))
+                values[rows], scale = scheme.quantize(self._read(part.name))
             scales.append(scale)
+        return self._pack_rounded(scheme, values, torch.cat(scales))
+
+    def _pack_rounded(self, scheme: Quantization, values: Tensor, scales: Tensor) -> PackedWeight:
+        if self.device.type == "cuda":
+            return TritonWeight(values, scales, bits=scheme.bits, dtype=self.dtype)
         if scheme.bits == 8:
-            return pack_int8(values, torch.cat(scales), fast=self.fast, streamed=self.streamed)
-        return pack_int4(values, torch.cat(scales), dtype=self.dtype, fast=self.fast)
+            return pack_int8(values, scales, fast=self.fast, streamed=self.streamed)
+        return pack_int4(values, scales, dtype=self.dtype, fast=self.fast)
+
+    def _read(self, name: str) -> Tensor:
+        return self.checkpoint.read(name).to(self.device)
 
     def _stage(self, parts: tuple[_Part, ...]) -> Tensor:
         """The parts as one weight that lives until the next call.
@@ -354,7 +364,7 @@ class _Loader:
         size = math.prod(shape)
         if self.staging.dtype != dtype or not size <= self.staging.numel() < 2 * size:
             self.staging = torch.empty(0)  # dropped before the next is made
-            self.staging = torch.empty(size, dtype=dtype)
+            self.staging = torch.empty(size, dtype=dtype, device=self.device)
         return self.staging[:size].view(shape)
 
     def _stack(self, parts: tuple[_Part, ...], into: Tensor) -> Tensor:

@@ -67,10 +67,11 @@ class TritonWeight(PackedWeight):
             kind, codes = kernels.INT8, values.view(torch.uint8) ^ 128
         else:
             kind, codes = kernels.INT4, (values + 8).view(torch.uint8)
-            pairs_of_group = self._num_inputs // scales.shape[1] // 32
+            group_size = self._num_inputs // scales.shape[1]
+            pairs_of_group = group_size // 32
         self._words = _in_panels(codes, bits)
         if kind == kernels.INT4:
-            self._scales = _scales_in_panels(scales.to(narrow), self._words.shape)
+            self._scales = _scales_in_panels(scales.to(narrow), _STEP // group_size)
         else:
             self._scales = scales.flatten().float().contiguous()
         num_panels, num_steps = self._words.shape[:2]
@@ -156,14 +157,13 @@ def _in_panels(codes: Tensor, bits: int) -> Tensor:
     return words.permute(0, 2, 1, 3).contiguous()
 
 
-def _scales_in_panels(scales: Tensor, shape: torch.Size) -> Tensor:
+def _scales_in_panels(scales: Tensor, per_step: int) -> Tensor:
     """scales [outputs, groups] of two bytes -> words of two, [panels, steps, n, _PANEL] int32.
 
-    shape  of the weight's words; where a step is one group, half a word is empty
+    per_step  groups of a step; where it is one, half a word is empty
     """
-    num_panels, num_steps = shape[:2]
     outputs, groups = scales.shape
-    per_step = -(-groups // num_steps)
+    num_panels, num_steps = -(-outputs // _PANEL), -(-groups // per_step)
     scales = F.pad(scales, (0, num_steps * per_step - groups, 0, num_panels * _PANEL - outputs))
     dealt = scales.view(num_panels, _PANEL, num_steps, per_step)
     dealt = F.pad(dealt, (0, per_step % 2)).contiguous()
