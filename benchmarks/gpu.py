@@ -6,8 +6,9 @@
 Parts, in this order: kernel (attention against a float32 reference), floor (bandwidth; plain
 decoding against the time the weights take to stream; a step by its nodes), layers (our kernels
 between the products beside PyTorch's operators), decoding (trees, plain, transformers plain and
-assisted, by turns), batches (1 to 64, `auto` against plain). The file is written after each part;
-parts that would begin after `--minutes` are left out, and it says so.
+assisted, by turns), batches (1 to 64, `auto` against plain), quantised (a step with rounded weights
+over the floor part's). The file is written after each part; parts that would begin after
+`--minutes` are left out, and it says so.
 """
 
 import argparse
@@ -37,12 +38,16 @@ from specinfer.config import Speculation
 from specinfer.engine.measure import measure_runner
 from specinfer.llm import LLM
 from specinfer.models.decoder import Decoder
-from specinfer.models.weights import resolve_model
+from specinfer.models.quantization import QUANTIZATIONS
+from specinfer.models.weights import load_decoder, resolve_model
+from specinfer.run.runner import Runner
 
-PARTS = ("kernel", "floor", "layers", "decoding", "batches")
+PARTS = ("kernel", "floor", "layers", "decoding", "batches", "quantised")
 TREES = ("calibrated", "auto", "1,1,3,1,1,1,1,1", "1,1,1,1,1,1,1,1")
 STEP_NODES = (1, 2, 4, 8, 16, 32, 64)
 TEMPERATURES = (0.0, 0.8)
+SHARES = {"int4": 0.5, "fp8": 0.7}
+"""The part of a plain step's time that one of one node may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,12 @@ def streamed_bytes(decoder: Decoder) -> int:
     if decoder.lm_head is not None:
         del tensors[id(decoder.embedding.weight)]
     return sum(each.nbytes for each in tensors.values())
+
+
+def step_times(runner: Runner) -> dict[int, float]:
+    """Seconds of a step by its nodes."""
+    times = measure_runner(runner, max_tokens=max(STEP_NODES))
+    return {nodes: times.seconds(nodes) for nodes in STEP_NODES}
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -210,6 +221,12 @@ def show(result: Result, console: Console, title: str) -> None:
         console.print(grid)
     if "batches" in parts:
         console.print(batch_table(title, parts["batches"]))
+    if "quantised" in parts:
+        grid = Table("weights", *map(str, STEP_NODES), title="ms a step by nodes", box=MARKDOWN)
+        for row in parts["quantised"]:
+            steps = row["step_s"].values()
+            grid.add_row(row["weights"], *(f"{each * 1e3:.3f}" for each in steps))
+        console.print(grid)
     grid = Table("asked", "measured", "", title=title, box=MARKDOWN)
     for bar in result.bars:
         grid.add_row(bar.asked, bar.measured, "met" if bar.is_met else "missed")
@@ -304,10 +321,9 @@ class Measurement:
     def floor(self) -> dict[str, Any]:
         """The target's step by its nodes, beside the time its weights take to stream."""
         runner = self.ours.llm.engine.target
-        times = measure_runner(runner, max_tokens=max(STEP_NODES))
         num_bytes = streamed_bytes(runner.decoder)
         floor_s = num_bytes / self.bandwidth
-        steps = {nodes: times.seconds(nodes) for nodes in STEP_NODES}
+        steps = step_times(runner)
         asked = "a step of 32 nodes over one of one, at most 1.15"
         self.result.judge(asked, steps[32] / steps[1], 1.15, is_most=True)
         return {
@@ -359,6 +375,28 @@ class Measurement:
             asked = f"auto over plain at batch {batch}, at least 1"
             self.result.judge(asked, row.auto_to_plain.median, 1.0)
             rows.append(row)
+        return rows
+
+    def quantised(self) -> list[dict[str, Any]]:
+        """A step of the target by its nodes, its weights rounded while they are read."""
+        rows, folder = [], resolve_model(self.target)
+        schemes = SHARES if self.device.type == "cuda" else ("int4", "int8")  # for a trial
+        for name in schemes:
+            if self.is_late:
+                self.result.left_out.append(name)
+                continue
+            decoder = load_decoder(
+                folder,
+                dtype=self.args.dtype,
+                device=self.device,
+                quantization=QUANTIZATIONS[name],
+            )
+            steps = step_times(Runner(decoder, 1024))
+            rows.append({"weights": name, "step_s": steps})
+            if "floor" in self.result.parts and name in SHARES:
+                share = steps[1] / self.result.parts["floor"]["step_s"][1]
+                asked = f"a step with {name} over a plain one, at most {SHARES[name]}"
+                self.result.judge(asked, share, SHARES[name], is_most=True)
         return rows
 
 

@@ -122,6 +122,8 @@ def load_decoder(
     kind = resolve_dtype(path, dtype, device)
     decoder = Decoder(architecture, dtype=kind, device="meta")
     _Loader(checkpoint, decoder, kind, device, packed, rounding, progress).run()
+    if device.type == "cuda":  # what weights were rounded in is free for pages
+        torch.cuda.empty_cache()
     return decoder.eval()
 
 
