@@ -25,7 +25,7 @@ _PANEL = 128
 _STEP = 128
 """Inputs of one step."""
 
-_TILES = (16, 32, 64)
+_TILES: tuple[int, ...] = (16, 32, 64)
 """Rows of one program."""
 
 _PROGRAMS = 256
@@ -57,6 +57,10 @@ class TritonWeight(PackedWeight):
         """
         self._kernels = kernels = _import_kernels()
         self._dtype = dtype
+        # float32 has no matrix instruction: larger tiles would not fit into registers.
+        is_wide = dtype == torch.float32
+        self._tiles = _TILES[:1] if is_wide else _TILES
+        self._num_stages = 2 if is_wide else 4
         self._num_outputs, self._num_inputs = values.shape
         # What bits are made into: a float32's products are of what bfloat16 holds exactly.
         narrow = torch.float16 if dtype == torch.float16 else torch.bfloat16
@@ -98,7 +102,7 @@ class TritonWeight(PackedWeight):
             return out
         if x.stride(1) != 1:
             x = x.contiguous()
-        tile = next((size for size in _TILES if size >= num_rows), _TILES[-1])
+        tile = next((size for size in self._tiles if size >= num_rows), self._tiles[-1])
         grid = (-(-num_rows // tile), self._words.shape[0])
         # Many rows are programs enough: then one goes through all splits, to the same bits.
         is_split = self._num_splits > 1 and grid[0] * grid[1] < _PROGRAMS
@@ -125,7 +129,7 @@ class TritonWeight(PackedWeight):
             LOOPED=self._num_splits > 1 and not is_split,
             BIASED=bias is not None,
             num_warps=8 if tile > 32 else 4,
-            num_stages=4,
+            num_stages=self._num_stages,
         )
         if is_split:
             block = 512
