@@ -83,7 +83,7 @@ class TritonWeight(PackedWeight):
         self._split_steps = max(_LEAST_STEPS, -(-num_steps // wanted))
         self._num_splits = -(-num_steps // self._split_steps)
         self._constants: dict[str, Any] = {
-            "KIND": kind,
+            "KIND": kind.value,
             "BLOCK_N": _PANEL,
             "WORDS": self._words.shape[3],
             "GROUP_PAIRS": pairs_of_group,
