@@ -27,8 +27,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def rounded(scheme: str | int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-    weight = random(outputs, inputs)
+def rounded(scheme: str | int, weight: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(scheme, int):
         return quantize_int4(weight, scheme)
     return (quantize_fp8 if scheme == "fp8" else quantize_int8)(weight)
@@ -68,7 +67,7 @@ def assert_is_formula(
 )
 def test_a_product_is_its_formula(scheme: str | int, dtype: torch.dtype) -> None:
     for outputs, inputs, counts in ((61, 256, (0, 1, 3, 16, 33)), (129, 640, (3,))):
-        values, scales = rounded(scheme, outputs, inputs)
+        values, scales = rounded(scheme, random(outputs, inputs))
         weight, meant = packed(scheme, values, scales, dtype), dequantize(values, scales)
         for rows in counts:
             x = random(rows, inputs, seed=rows).to(dtype)
@@ -80,7 +79,7 @@ def test_a_product_is_its_formula(scheme: str | int, dtype: torch.dtype) -> None
     ("scheme", "inputs"), [("fp8", 5), ("int8", 150), (32, 32), (32, 160), (64, 192), (64, 320)]
 )
 def test_inputs_that_fill_no_step(scheme: str | int, inputs: int) -> None:
-    values, scales = rounded(scheme, 7, inputs)
+    values, scales = rounded(scheme, random(7, inputs))
     weight, meant = packed(scheme, values, scales, torch.bfloat16), dequantize(values, scales)
     wide = random(4, 2 * inputs).bfloat16()
     columns = random(inputs, 4).bfloat16().t()
@@ -111,7 +110,7 @@ def test_every_value_there_is_comes_back_exactly(bits: int | str, dtype: torch.d
 def test_a_row_is_the_same_bits_in_every_batch(scheme: str | int) -> None:
     # The interpreter has one tile: how numpy sums for others is not what is asked.
     counts = (1, 7) if DEVICE.type == "cpu" else (*range(1, 17), 33, 64, 100, 257)
-    weight = packed(scheme, *rounded(scheme, 70, 640), torch.bfloat16)
+    weight = packed(scheme, *rounded(scheme, random(70, 640)), torch.bfloat16)
     assert weight._num_splits == 2
     bias = random(70).bfloat16()
     x = random(max(16, *counts), 640, seed=1).bfloat16()
@@ -128,20 +127,20 @@ def test_splits_are_the_weights_own_and_added_in_order(
     scheme: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the same bits by programs side by side and by one program."""
-    weight = packed(scheme, *rounded(scheme, 150, 1280), torch.bfloat16)
+    weight = packed(scheme, *rounded(scheme, random(150, 1280)), torch.bfloat16)
     assert weight._num_splits == 3
     x, bias = random(9, 1280, seed=1).bfloat16(), random(150).bfloat16()
     side_by_side = multiplied(weight, x, bias, torch.float32)
     monkeypatch.setattr(triton_linear, "_PROGRAMS", 1)
     assert torch.equal(multiplied(weight, x, bias, torch.float32), side_by_side)
-    whole = packed(scheme, *rounded(scheme, 150, 1280), torch.bfloat16)
+    whole = packed(scheme, *rounded(scheme, random(150, 1280)), torch.bfloat16)
     assert whole._num_splits == 1
     assert not torch.equal(multiplied(whole, x, bias, torch.float32), side_by_side)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_row_that_is_not_finite_stays_so_and_alone() -> None:
-    weight, x = packed("fp8", *rounded("fp8", 40, 70), torch.float16), random(4, 70).half()
+    weight, x = packed("fp8", *rounded("fp8", random(40, 70)), torch.float16), random(4, 70).half()
     expected = multiplied(weight, x)
     x[1, 3], x[2, 69] = torch.nan, torch.inf
     y = multiplied(weight, x)
@@ -151,7 +150,7 @@ def test_a_row_that_is_not_finite_stays_so_and_alone() -> None:
 
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_scales_of_another_tool_are_rounded_to_the_rows_dtype(group_size: int) -> None:
-    values, scales = rounded(group_size, 50, 256)
+    values, scales = rounded(group_size, random(50, 256))
     scales = scales * 1.2345678
     weight = packed(group_size, values, scales, torch.bfloat16)
     meant, x = dequantize(values, scales), random(3, 256).bfloat16()
@@ -229,15 +228,22 @@ def test_launches_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_are_rounded_alike_on_both(scheme: str | int) -> None:
+    """But for int4's groups in which two scales err alike, to the order of a sum."""
+    weight = random(512, 2048).bfloat16()
+    pairs = [rounded(scheme, each) for each in (weight, weight.cuda())]
+    for cpu, gpu in zip(*pairs, strict=True):
+        same = (cpu.float() == gpu.cpu().float()).double().mean()
+        assert same == 1 if isinstance(scheme, str) else same > 0.999
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_real_size_on_a_gpu(scheme: str | int, dtype: torch.dtype) -> None:
     """By its formula, a row the same bits at every number of rows, and captured as a graph."""
-    weight = torch.randn(4096, 11008, device="cuda")
-    if isinstance(scheme, int):
-        values, scales = quantize_int4(weight, scheme)
-    else:
-        values, scales = (quantize_fp8 if scheme == "fp8" else quantize_int8)(weight)
+    values, scales = rounded(scheme, torch.randn(4096, 11008, device="cuda"))
     own, meant = packed(scheme, values, scales, dtype), dequantize(values, scales)
     x = torch.randn(600, 11008, device="cuda").to(dtype)  # many: one program adds up all splits
     together = own.multiply(x, dtype=torch.float32)

@@ -95,7 +95,7 @@ def quantize_int4(weight: Tensor, group_size: int, *, fast: bool = True) -> tupl
         best = torch.full_like(extreme, torch.inf)
         scale, kept = torch.full_like(extreme, torch.nan), torch.zeros_like(part)
         for divisor in _INT4_DIVISORS:
-            tried = _few_bits(extreme / -divisor)
+            tried = _few_bits(_over(extreme, -divisor))
             rounded = (part / tried).round_().clamp_(-8, 7)
             error = _fold((rounded * tried).sub_(part).square_())
             is_better = error < best
@@ -298,14 +298,23 @@ def _fold(x: Tensor) -> Tensor:
 def _scaled(weight: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """Each row over its scale, and the scales, so that the largest weight is `largest`."""
     part = weight.float()
-    scale = (part.abs().amax(-1, keepdim=True) / largest).clamp_(min=_SMALLEST)
+    scale = _over(part.abs().amax(-1, keepdim=True), largest).clamp_(min=_SMALLEST)
     scale = scale.bfloat16().float()
     return part / scale, scale
 
 
+def _over(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, rounded alike everywhere: by a plain number a GPU multiplies its reciprocal."""
+    return x / x.new_full((), divisor)
+
+
 def _few_bits(scales: Tensor) -> Tensor:
-    """The nearest floats of `_SCALE_BITS` significant bits; never 0."""
-    mantissa, exponent = torch.frexp(scales)
-    unit = 2.0**_SCALE_BITS
-    kept = torch.ldexp(mantissa.mul_(unit).round_() / unit, exponent)
+    """The nearest floats of `_SCALE_BITS` significant bits, the even one of two; never 0.
+
+    By their bits: a power of two is not exact on every device.
+    """
+    dropped = 24 - _SCALE_BITS
+    bits = scales.view(torch.int32)
+    half = bits.bitwise_right_shift(dropped).bitwise_and_(1).add_((1 << dropped - 1) - 1)
+    kept = half.add_(bits).bitwise_and_(-1 << dropped).view(torch.float32)
     return torch.where(kept.abs() < _SMALLEST, _SMALLEST, kept)
