@@ -12,7 +12,7 @@ from specinfer.progress import show_loading
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A processor that suits, and an empty cache."""
-    monkeypatch.setattr(build, "_processor_flags", lambda: frozenset(build._NEEDED))
+    monkeypatch.setattr(build, "_processor_flags", lambda: frozenset({"avx2", "fma"}))
     monkeypatch.setattr(build.platform, "system", lambda: "Linux")
     monkeypatch.setenv("SPECINFER_CACHE", str(tmp_path))
     monkeypatch.delenv("SPECINFER_NATIVE", raising=False)
@@ -24,10 +24,30 @@ def library() -> object:
 
 
 @pytest.mark.parametrize("value", ["false", "2", "off"])
-def test_the_switch_is_0_or_1(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_switch_is_known(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECINFER_NATIVE", value)
     with pytest.raises(ConfigError, match=f"SPECINFER_NATIVE='{value}': use 0"):
         library()
+
+
+def test_a_form_that_the_processor_has_not_is_refused(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_processor_flags", lambda: frozenset({"avx2"}))
+    assert library() is None
+    monkeypatch.setenv("SPECINFER_NATIVE", "avx2")
+    with pytest.raises(ConfigError, match="SPECINFER_NATIVE=avx2: not on this processor"):
+        library()
+
+
+def test_forms_are_kept_apart(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_version", lambda compiler: b"12")
+    monkeypatch.setattr(build, "_load", build._name)
+    names = set()
+    for form in build._FORMS:
+        monkeypatch.setenv("SPECINFER_NATIVE", form)
+        names.add(library())
+    assert len(names) == len(build._FORMS)
 
 
 @pytest.mark.parametrize("compiler", ["/nonexistent", "'unclosed", "false"])

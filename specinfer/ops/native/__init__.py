@@ -1,4 +1,4 @@
-"""Our own kernels for processors with AVX-512, and their structures in ctypes, field by field."""
+"""Our own kernels for processors, and their structures in ctypes, field by field."""
 
 import ctypes
 from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int64, c_void_p
@@ -14,6 +14,7 @@ from specinfer.ops.native.build import has_tiles, library
 from specinfer.ops.packed import PackedRows, PackedWeight
 
 _FLOAT32, _BFLOAT16, _INT8, _INT4 = range(4)
+_MOST_LANES = 16
 _WIDTH = 32
 """Outputs of a panel."""
 _WORD = 4
@@ -79,14 +80,14 @@ class Kernels:
     """The library's functions."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        features = library.specinfer_features
-        features.restype = c_int64
-        found = features()
-        self.floats = {torch.float32}
+        lanes = _function(library, "lanes", ())
+        lanes.restype = c_int64
+        self.lanes: int = lanes()
+        """Floats of a vector: 16 with AVX-512, 8 with AVX2, 4 elsewhere."""
+        leaves_tiles = self.lanes == _MOST_LANES and has_tiles()
+        self.floats = {torch.float32} if leaves_tiles else {torch.float32, torch.bfloat16}
         """What rows may be, and results."""
-        if found & 2 and not has_tiles():
-            self.floats.add(torch.bfloat16)
-        self.int8 = bool(found & 4) and not has_tiles()
+        self.int8 = not leaves_tiles
         self.pack = _function(library, "pack", (c_void_p, *[c_int64] * 3, c_void_p, c_int))
         self.round_int4 = _function(
             library, "round_int4", (c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int)

@@ -24,11 +24,18 @@ from specinfer.paths import cache_folder
 
 _log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
-_NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+_FORMS = {
+    "1": (("-march=native",), {"avx2", "fma"}),
+    "avx2": (("-march=native", "-mno-avx512f"), {"avx2", "fma"}),
+    "portable": ((), set[str]()),
+}
+"""By SPECINFER_NATIVE: what the compiler is told, which form the processor's flags choose from
+then (`common.h`), and which flags it needs. By itself no processor is given the portable one, which
+was not measured where it would serve."""
 # A sum is a fused multiply-add where the source says so and nowhere else: a compiler that chose
 # would choose differently for one row and for many. Rows of floats are read as words.
 _FLAGS = (
-    *("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing"),
     *("-fopenmp", "-shared", "-fPIC"),
 )
 _TIMEOUT_S = 300
@@ -38,21 +45,27 @@ _TIMEOUT_S = 300
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there are none, or SPECINFER_NATIVE is 0.
 
-    raises  ConfigError where SPECINFER_NATIVE is neither 0 nor 1
+    raises  ConfigError where SPECINFER_NATIVE is none of 0, 1 and the forms, or a form that the
+            processor has not
     cost    some 10 s when first asked for on a machine, then a millisecond
     """
     asked = os.environ.get("SPECINFER_NATIVE") or "1"
-    if asked not in ("0", "1"):
-        raise ConfigError(f"SPECINFER_NATIVE={asked!r}: use 0 (PyTorch's kernels) or 1 (ours)")
     if asked == "0":
         return None
-    flags = _processor_flags()
-    if platform.system() != "Linux" or not flags >= _NEEDED:
-        return None  # not measured elsewhere
+    if asked not in _FORMS:
+        raise ConfigError(
+            f"SPECINFER_NATIVE={asked!r}: use 0 (PyTorch's kernels), 1 (ours), or to try one form "
+            "of ours avx2 or portable"
+        )
+    (options, needed), flags = _FORMS[asked], _processor_flags()
+    if platform.system() != "Linux" or not flags >= needed:
+        if asked == "1":
+            return None  # not measured elsewhere
+        raise ConfigError(f"SPECINFER_NATIVE={asked}: not on this processor and system, use 1 or 0")
     try:
         compiler = shlex.split(os.environ.get("CXX", "")) or _installed()
         if compiler:
-            return _load(compiler, flags)
+            return _load([*compiler, *options], flags)
         _log.warning(
             "no C++ compiler (g++, clang++, or CXX): PyTorch's kernels serve, which are slower"
         )

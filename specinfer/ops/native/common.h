@@ -1,9 +1,16 @@
-// Vectors of 16 floats, read from and written to float32 or bfloat16, and a team of threads.
+// What all kernels share: threads as a team, memory that is kept, and vectors of `LANES` floats.
+//
+// A form is what a processor has: `vector_*.h` hold the same types and functions for each, and all
+// else is written once over them. What they define beside those:
+//
+//     HAS_PAIRS   `dot_pairs`: products of bfloat16 two by two, and `look_up` for int4
+//     HAS_BYTES   `dot_bytes`: products of bytes four by four
 #pragma once
 
-#include <immintrin.h>
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include <cstdlib>
 #include <new>
@@ -11,9 +18,20 @@
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
 
+// What has been read from memory is read again: registers are few, a first-level cache is quick.
+#define FORGET asm volatile("" ::: "memory")
+
 struct bfloat16 {
     uint16_t bits;
 };
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#include "vector_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__)
+#include "vector_avx2.h"
+#else
+#include "vector_portable.h"
+#endif
 
 // One of the threads that run the same function at the same time.
 struct Member {
@@ -50,46 +68,25 @@ class Scratch {
 // that rows do not meet in the same few places of a cache (a third of the time for 8 rows of 12 KB).
 inline size_t spread(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
-// The lanes of a vector that are left of `count` elements.
-INLINE __mmask16 lanes(ptrdiff_t count) {
-    return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
-}
-
-INLINE __m512 load(const float *from, __mmask16 mask = 0xffff) {
-    return _mm512_maskz_loadu_ps(mask, from);
-}
-
-INLINE __m512 load(const bfloat16 *from, __mmask16 mask = 0xffff) {
-    __m256i bits = _mm256_maskz_loadu_epi16(mask, from);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-INLINE void store(float *to, __m512 value, __mmask16 mask = 0xffff) {
-    _mm512_mask_storeu_ps(to, mask, value);
-}
-
-INLINE void store(bfloat16 *to, __m512 value, __mmask16 mask = 0xffff) {
-#ifdef __AVX512BF16__
-    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(value));
-#else
-    (void)to, (void)value, (void)mask;
-    std::abort();
-#endif
+// Of each word the same bits, read from memory where they are used: they hold no register.
+INLINE Words bits_of(Words a, const uint32_t *bits) {
+    asm("" : "+r"(bits));
+    return bits_of(a, *bits);
 }
 
 // e^x to one or two units in the last place; 0 below -104, infinity above 89.
-INLINE __m512 exp(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
-    x = _mm512_min_ps(_mm512_set1_ps(150.0f), x);
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 y = _mm512_set1_ps(1.9875691500e-4f); // Cephes' expf
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.3981999507e-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3334519073e-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1665795894e-2f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666665459e-1f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.0000001201e-1f));
-    y = _mm512_fmadd_ps(y, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(y, n);
+INLINE Vector exp(Vector x) {
+    x = max(splat(-150.0f), x);
+    x = min(splat(150.0f), x);
+    Vector n = nearest(x * splat(1.44269504f));
+    Vector r = fma(n, splat(-0.693359375f), x);
+    r = fma(n, splat(2.12194440e-4f), r);
+    Vector y = splat(1.9875691500e-4f); // Cephes' expf
+    y = fma(y, r, splat(1.3981999507e-3f));
+    y = fma(y, r, splat(8.3334519073e-3f));
+    y = fma(y, r, splat(4.1665795894e-2f));
+    y = fma(y, r, splat(1.6666665459e-1f));
+    y = fma(y, r, splat(5.0000001201e-1f));
+    y = fma(y, r * r, r + splat(1.0f));
+    return scale_by_power(y, n);
 }

@@ -46,55 +46,52 @@ enum Part { LINEARS, HEAD, ATTENTION, NORMS, REST, PARTS };
 template <class E>
 INLINE void norm_row(const E *x, const void *weight, size_t size, float eps, E *to) {
     // Four sums at a time; in which order does not depend on anything but the size.
-    __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
-                     _mm512_setzero_ps()};
-    for (size_t k = 0; k < size; k += 64)
+    Vector sum[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+    for (size_t k = 0; k < size; k += 4 * LANES)
         UNROLL for (size_t i = 0; i < 4; i++) {
-            ptrdiff_t left = (ptrdiff_t)size - (ptrdiff_t)(k + i * 16);
+            ptrdiff_t left = (ptrdiff_t)size - (ptrdiff_t)(k + i * LANES);
             if (left <= 0) break;
-            __m512 v = load(x + k + i * 16, lanes(left));
-            sum[i] = _mm512_fmadd_ps(v, v, sum[i]);
+            Vector v = load(x + k + i * LANES, lanes(left));
+            sum[i] = fma(v, v, sum[i]);
         }
-    __m512 all = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
-    __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(all) / size + eps));
-    for (size_t k = 0; k < size; k += 16) {
-        __mmask16 mask = lanes(size - k);
-        __m512 v = _mm512_mul_ps(load(x + k, mask), factor);
-        store(to + k, _mm512_mul_ps(v, load(static_cast<const E *>(weight) + k, mask)), mask);
+    float squares = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    Vector factor = splat(1.0f / std::sqrt(squares / size + eps));
+    for (size_t k = 0; k < size; k += LANES) {
+        Lanes some = lanes(size - k);
+        Vector v = load(x + k, some) * factor;
+        store(to + k, v * load(static_cast<const E *>(weight) + k, some), some);
     }
 }
 
 template <class E>
 INLINE void rotate_head(E *x, const float *cos, const float *sin, size_t half) {
-    for (size_t i = 0; i < half; i += 16) {
-        __mmask16 mask = lanes(half - i);
-        __m512 a = load(x + i, mask), b = load(x + half + i, mask);
-        __m512 c = load(cos + i, mask), s = load(sin + i, mask);
-        store(x + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), mask);
-        store(x + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)), mask);
+    for (size_t i = 0; i < half; i += LANES) {
+        Lanes some = lanes(half - i);
+        Vector a = load(x + i, some), b = load(x + half + i, some);
+        Vector c = load(cos + i, some), s = load(sin + i, some);
+        store(x + i, fma(a, c, -(b * s)), some);
+        store(x + half + i, fma(b, c, a * s), some);
     }
 }
 
-template <class F> INLINE __m512 lane_by_lane(__m512 x, const F &f) {
-    alignas(64) float v[16];
-    _mm512_store_ps(v, x);
+template <class F> INLINE Vector lane_by_lane(Vector x, const F &f) {
+    float v[LANES];
+    store(v, x);
     for (float &each : v) each = f(each);
-    return _mm512_load_ps(v);
+    return load(v);
 }
 
-INLINE __m512 activate(int64_t kind, __m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f), zero = _mm512_setzero_ps();
+INLINE Vector activate(int64_t kind, Vector x) {
+    const Vector one = splat(1.0f), zero = splat(0.0f);
     switch (kind) {
-    case SILU: return _mm512_div_ps(x, _mm512_add_ps(one, exp(_mm512_sub_ps(zero, x))));
-    case RELU: return _mm512_max_ps(zero, x);
+    case SILU: return x / (one + exp(zero - x));
+    case RELU: return max(zero, x);
     case GELU: return lane_by_lane(x, [](float v) {
         return v * 0.5f * (1.0f + std::erf(v * 0.70710678f));
     });
     default: { // x * sigmoid(2 u) is x / 2 * (1 + tanh(u))
-        __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
-        __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
-        __m512 e = exp(_mm512_mul_ps(u, _mm512_set1_ps(-2 * 0.79788456f)));
-        return _mm512_div_ps(x, _mm512_add_ps(one, e));
+        Vector u = fma(x * x * x, splat(0.044715f), x);
+        return x / (one + exp(u * splat(-2 * 0.79788456f)));
     }
     }
 }
@@ -102,17 +99,17 @@ INLINE __m512 activate(int64_t kind, __m512 x) {
 // gate_up [2 * inner] -> [inner]
 template <class E>
 INLINE void gate_row(const Model &m, const E *gate_up, E *to, size_t begin, size_t end) {
-    for (size_t k = begin; k < end; k += 16) {
-        __mmask16 mask = lanes(end - k);
-        __m512 up = load(gate_up + m.inner + k, mask);
-        store(to + k, _mm512_mul_ps(activate(m.activation, load(gate_up + k, mask)), up), mask);
+    for (size_t k = begin; k < end; k += LANES) {
+        Lanes some = lanes(end - k);
+        Vector up = load(gate_up + m.inner + k, some);
+        store(to + k, activate(m.activation, load(gate_up + k, some)) * up, some);
     }
 }
 
 // A team's memory for one step.
 template <class E> struct Buffers {
     E *hidden, *normed, *qkv, *mixed, *gate_up, *gated;
-    Rounded rounded;
+    Prepared prepared;
     size_t hidden_stride, mixed_stride, gated_stride; // of normed, mixed and gated, elements
 
     static constexpr size_t pad(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -126,8 +123,17 @@ template <class E> struct Buffers {
             return mine;
         };
         size_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;
-        size_t widest = m.hidden > m.inner ? m.hidden : m.inner;
-        if (q > widest) widest = q;
+        size_t words = 0, numbers = 0; // of a prepared row
+        auto fit = [&](const Weight &w) {
+            if (!Prepared::serves<E>(w)) return;
+            words = std::max(words, Prepared::stride(w));
+            numbers = std::max(numbers, Prepared::count(w));
+        };
+        fit(m.head);
+        for (int64_t i = 0; i < m.num_layers; i++) {
+            const Layer &layer = m.layers[i];
+            for (const Weight *w : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) fit(*w);
+        }
         hidden_stride = spread(m.hidden * sizeof(E)) / sizeof(E);
         mixed_stride = spread(q * sizeof(E)) / sizeof(E);
         gated_stride = spread(m.inner * sizeof(E)) / sizeof(E);
@@ -137,8 +143,8 @@ template <class E> struct Buffers {
         mixed = (E *)take(n * mixed_stride * sizeof(E));
         gate_up = (E *)take(n * 2 * m.inner * sizeof(E));
         gated = (E *)take(n * gated_stride * sizeof(E));
-        rounded.values = (uint8_t *)take(n * Rounded::stride(widest));
-        rounded.scales = (float *)take(n * sizeof(float));
+        prepared.words = (int32_t *)take(n * words * sizeof(int32_t));
+        prepared.numbers = (float *)take(n * numbers * sizeof(float));
         return at - start;
     }
 };
@@ -180,7 +186,7 @@ template <class E> class Run {
         for (size_t i = member.begin(s.num_rows); i < member.end(s.num_rows); i++)
             norm_row(b.hidden + s.rows[i] * m.hidden, m.norm, m.hidden, m.eps,
                      b.normed + i * b.hidden_stride);
-        round(member, m.head, b.normed, b.hidden_stride, s.num_rows);
+        prepare(member, m.head, b.normed, b.hidden_stride, s.num_rows);
 #pragma omp barrier
         clock.tell(NORMS);
         product(member, m.head, b.normed, b.hidden_stride, (const E *)nullptr, s.logits, s.num_rows);
@@ -237,7 +243,7 @@ template <class E> class Run {
     void multiply_normed(Member member, const void *norm_weight, const Weight &w, E *out,
                          Clock &clock) const {
         norm(member, norm_weight);
-        round(member, w, b.normed, b.hidden_stride, n);
+        prepare(member, w, b.normed, b.hidden_stride, n);
 #pragma omp barrier
         clock.tell(NORMS);
         product(member, w, b.normed, b.hidden_stride, (const E *)nullptr, out, n);
@@ -248,7 +254,7 @@ template <class E> class Run {
     // hidden += x @ w.T for all rows, between barriers likewise.
     void add_product(Member member, const Weight &w, const E *x, size_t stride,
                      Clock &clock) const {
-        if (round(member, w, x, stride, n)) {
+        if (prepare(member, w, x, stride, n)) {
 #pragma omp barrier
         }
         product(member, w, x, stride, b.hidden, b.hidden, n);
@@ -261,16 +267,17 @@ template <class E> class Run {
             norm_row(b.hidden + i * m.hidden, weight, m.hidden, m.eps, b.normed + i * b.hidden_stride);
     }
 
-    // Whether the weight wants its rows rounded, which every member has then done to its share.
-    bool round(Member member, const Weight &w, const E *x, size_t stride, size_t rows) const {
-        if (w.kind == INT8) round_rows(member, x, stride, rows, w.inputs, b.rounded);
-        return w.kind == INT8;
+    // Whether the weight reads prepared rows, of which every member has then made its share.
+    bool prepare(Member member, const Weight &w, const E *x, size_t stride, size_t rows) const {
+        bool serves = Prepared::serves<E>(w);
+        if (serves) ::prepare(member, w, x, stride, rows, b.prepared);
+        return serves;
     }
 
     template <class O>
     void product(Member member, const Weight &w, const E *x, size_t stride, const E *residual,
                  O *out, size_t rows) const {
-        multiply(member, w, x, stride, b.rounded, rows, Target<E, O>{out, residual});
+        multiply(member, w, x, stride, b.prepared, rows, Target<E, O>{out, residual});
     }
 
     // Norms and rotates a token's q and k, and stores its k and v.
@@ -321,18 +328,20 @@ template <class E> void run_step(const Model &model, const Step &step, int threa
 
 template <class E, class O>
 void run_product(const Weight &w, const E *x, size_t stride, size_t rows, O *out, int threads) {
-    static thread_local Scratch values, scales;
-    Rounded rounded{};
-    if (w.kind == INT8)
-        rounded = {values.get<uint8_t>(rows * Rounded::stride(w.inputs)), scales.get<float>(rows)};
+    static thread_local Scratch words, numbers;
+    const bool serves = Prepared::serves<E>(w);
+    Prepared prepared{};
+    if (serves)
+        prepared = {words.get<int32_t>(rows * Prepared::stride(w)),
+                    numbers.get<float>(rows * Prepared::count(w))};
 #pragma omp parallel num_threads(threads)
     {
         Member member{omp_get_thread_num(), omp_get_num_threads()};
-        if (w.kind == INT8) {
-            round_rows(member, x, stride, rows, w.inputs, rounded);
+        if (serves) {
+            prepare(member, w, x, stride, rows, prepared);
 #pragma omp barrier
         }
-        multiply(member, w, x, stride, rounded, rows, Target<E, O>{out, nullptr});
+        multiply(member, w, x, stride, prepared, rows, Target<E, O>{out, nullptr});
     }
 }
 
@@ -349,35 +358,26 @@ template <class E> void run_attention(const Attention<E> &attention, int threads
 
 extern "C" {
 
-// What this processor multiplies, as bits: 1 float32, 2 bfloat16, 4 int8.
-int64_t specinfer_features() {
-    int64_t features = 1;
-#ifdef __AVX512BF16__
-    features |= 2;
-#endif
-#ifdef __AVX512VNNI__
-    features |= 4;
-#endif
-    return features;
-}
+// Floats of a vector: which form this is.
+int64_t specinfer_lanes() { return LANES; }
 
 // from [rows][stride] words -> to [rows / 32][words][32], zeros for missing rows
 void specinfer_pack(const int32_t *from, int64_t stride, int64_t rows, int64_t words, int32_t *to,
                     int threads) {
     const size_t panels = (rows + WIDTH - 1) / WIDTH;
 #pragma omp parallel for num_threads(threads)
-    for (size_t half = 0; half < panels * 2; half++)
-        for (int64_t k = 0; k < words; k += 16) {
-            __m512i block[16];
-            for (size_t i = 0; i < 16; i++) {
-                int64_t row = half * 16 + i;
-                block[i] = row < rows ? _mm512_maskz_loadu_epi32(lanes(words - k),
-                                                                 from + row * stride + k)
-                                      : _mm512_setzero_si512();
+    for (size_t i = 0; i < panels * VECTORS; i++)
+        for (int64_t k = 0; k < words; k += LANES) {
+            Words block[LANES];
+            for (size_t j = 0; j < LANES; j++) {
+                int64_t row = i * LANES + j;
+                block[j] = row < rows ? load_words(from + row * stride + k, lanes(words - k))
+                                      : broadcast(0);
             }
             transpose(block);
-            for (int64_t i = 0; i < 16 && k + i < words; i++)
-                _mm512_store_si512(to + (half / 2 * words + k + i) * WIDTH + half % 2 * 16, block[i]);
+            int32_t *panel = to + (i / VECTORS * words + k) * WIDTH + i % VECTORS * LANES;
+            for (int64_t j = 0; j < LANES && k + j < words; j++)
+                store_line(panel + j * WIDTH, block[j]);
         }
 }
 
@@ -396,12 +396,10 @@ void specinfer_round_int4(const void *weight, int is_bfloat16, int64_t groups, i
 int specinfer_step(const Model *model, const Step *step, int threads) {
     for (int64_t i = 0; i < step->num_tokens; i++)
         if (step->tokens[i] < 0 || step->tokens[i] >= model->head.outputs) return 0;
-#ifdef __AVX512BF16__
     if (model->is_bfloat16) {
         run_step<bfloat16>(*model, *step, threads);
         return 1;
     }
-#endif
     run_step<float>(*model, *step, threads);
     return 1;
 }
@@ -409,7 +407,6 @@ int specinfer_step(const Model *model, const Step *step, int threads) {
 // x [rows][stride], elements -> out [rows][outputs] of x's type or float32
 void specinfer_multiply(const Weight *w, const void *x, int64_t stride, int64_t rows, void *out,
                         int is_bfloat16, int out_is_bfloat16, int threads) {
-#ifdef __AVX512BF16__
     if (is_bfloat16) {
         auto from = static_cast<const bfloat16 *>(x);
         if (out_is_bfloat16)
@@ -419,7 +416,6 @@ void specinfer_multiply(const Weight *w, const void *x, int64_t stride, int64_t 
     if (out_is_bfloat16)
         return run_product(*w, static_cast<const float *>(x), stride, rows,
                            static_cast<bfloat16 *>(out), threads);
-#endif
     run_product(*w, static_cast<const float *>(x), stride, rows, static_cast<float *>(out), threads);
 }
 
@@ -444,9 +440,7 @@ void specinfer_attend(const Segment *segments, int64_t num_segments, const void 
                          (size_t)(heads * head_dim)},
             threads);
     };
-#ifdef __AVX512BF16__
     if (is_bfloat16) return run(static_cast<bfloat16 *>(nullptr));
-#endif
     run(static_cast<float *>(nullptr));
 }
 
