@@ -25,7 +25,7 @@ from benchmarks.prompts import load_chats
 from specinfer.bench import Spread, System, measure, ratio
 from specinfer.config import PAPER_TREE, Speculation
 from specinfer.llm import LLM
-from specinfer.ops.linear import computes_in
+from specinfer.ops.linear import has_onednn
 from specinfer.request import SamplingParams
 
 SHAPES = (PAPER_TREE, "1,1,1,1,1,1", "2,1,1,1,1", "3,1,1,1", "2,2,1,1", "1,1,1,1")
@@ -233,7 +233,7 @@ def main() -> None:
 
 def _native_dtype() -> str:
     """bfloat16 where the processor computes in it."""
-    return "bfloat16" if computes_in(torch.bfloat16, torch.device("cpu")) else "float32"
+    return "bfloat16" if has_onednn(torch.bfloat16) else "float32"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specinfer.ops.linear import BlockedWeight, can_pack, computes_in, kernel_rows, pack
+from specinfer.ops.linear import BlockedWeight, can_block, can_pack, computes_in, kernel_rows, pack
 from specinfer.ops.native import NativeWeight, kernels
 
 CPU = torch.device("cpu")
@@ -19,10 +19,11 @@ def streamed(weight: torch.Tensor) -> BlockedWeight:
 
 def require(kind, dtype: torch.dtype) -> None:
     ours = kernels()
-    if kind == NativeWeight.of_floats and not (ours and ours.multiplies(dtype)):
-        pytest.skip(f"no kernel of ours for {dtype} here")
-    if not can_pack(dtype, CPU):
-        pytest.skip(f"no packed {dtype} here")
+    if kind == NativeWeight.of_floats:
+        if not (ours and ours.multiplies(dtype)):
+            pytest.skip(f"no kernel of ours for {dtype} here")
+    elif not can_block(dtype):
+        pytest.skip(f"no blocked {dtype} here")
 
 
 KINDS = [BlockedWeight, streamed, NativeWeight.of_floats]

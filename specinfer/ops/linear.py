@@ -71,9 +71,12 @@ def kernel_rows(rows: int, fewest_rows: int = 1) -> int:
 
 
 def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device multiplies a two-byte float itself, rather than by way of float32."""
-    if device.type != "cpu":
-        return True
+    """Whether a two-byte float is multiplied as it is, rather than by way of a float32 copy."""
+    return device.type != "cpu" or _is_ours(dtype) or has_onednn(dtype)
+
+
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's kernels multiply a two-byte float themselves on this processor."""
     if not _HAS_ONEDNN:
         return False
     if dtype == torch.bfloat16:
@@ -89,7 +92,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     at 1 to 8 rows, level with plain from 64 to 1024; float32 1.2 to 2.8 times at 4 to 64, 1.2 at
     1024.
     """
-    return device.type == "cpu" and (_is_ours(dtype) or _can_block(dtype))
+    return device.type == "cpu" and (_is_ours(dtype) or can_block(dtype))
 
 
 def pack(weight: Tensor, *, streamed: bool = False) -> PackedWeight:
@@ -119,9 +122,8 @@ def _is_ours(dtype: torch.dtype) -> bool:
     return found is not None and found.multiplies(dtype)
 
 
-def _can_block(dtype: torch.dtype) -> bool:
+def can_block(dtype: torch.dtype) -> bool:
+    """Whether `BlockedWeight` takes such weights."""
     if not _HAS_ONEDNN or platform.machine().lower() not in ("x86_64", "amd64"):
         return False  # not measured elsewhere
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and computes_in(dtype, torch.device("cpu"))
-    )
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and has_onednn(dtype))
