@@ -1,6 +1,11 @@
-"""A step by our own kernels beside the same step by PyTorch's, in turns, in one process.
+r"""A step by our own kernels beside the same step by PyTorch's, in turns, in one process.
 
-python -m benchmarks.native --model 1b --precision int8 --json docs/results/native-1b-int8.json
+    python -m benchmarks.native --model 1b --precision int8 --json docs/results/native-1b-int8.json
+
+What a processor without AVX-512 would do, and without what takes PyTorch's kernels minutes there:
+
+    SPECINFER_NATIVE=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m \
+        benchmarks.native --nodes 1 8 32 --no-prompt
 """
 
 import argparse
@@ -75,6 +80,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", choices=MODELS, default="pair")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--nodes", type=int, nargs="+", default=NODES)
+    parser.add_argument("--no-prompt", action="store_true", help=f"none of {PROMPT} tokens")
     parser.add_argument("--seconds", type=float, default=3.0, help="per number of nodes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -87,9 +94,10 @@ def main() -> None:
         raise SystemExit("there are no kernels of ours here")
     with without_ours():
         theirs = load(folder, num_slots, **options)
-    spans = [tree_span(nodes, ours.vocab_size) for nodes in NODES]
-    prompt = list(range(4, 4 + PROMPT))
-    spans.append(Span(prompt, range(PROMPT), Pages(range(PROMPT), 1), 0, 0, None, 1))
+    spans = [tree_span(nodes, ours.vocab_size) for nodes in args.nodes]
+    if not args.no_prompt:
+        prompt = list(range(4, 4 + PROMPT))
+        spans.append(Span(prompt, range(PROMPT), Pages(range(PROMPT), 1), 0, 0, None, 1))
     rows = [measure(ours, theirs, span, args.seconds) for span in spans]
     title = f"{args.model}, {args.precision}, {args.threads} threads; ms"
     grid = Table("tokens", "ours", "PyTorch's", "PyTorch's ÷ ours", title=title, box=MARKDOWN)
