@@ -68,6 +68,14 @@ class RowFilters:
     temperatures: tuple[float, ...] = ()
     top_ks: tuple[int, ...] = ()
 
+    @property
+    def one_temperature(self) -> float | None:
+        """What alone makes laws of logits, the same for all rows; None where more does."""
+        others = (self.greedy, self.edits, self.min_p, self.top_k, self.top_p)
+        if len(set(self.temperatures)) != 1 or any(each is not None for each in others):
+            return None
+        return self.temperatures[0]
+
     @classmethod
     def of(
         cls,

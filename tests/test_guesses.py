@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from specinfer.draft import calibration as calibration_module
 from specinfer.draft import growth as growth_module
 from specinfer.draft import rounds as rounds_module
-from specinfer.draft.calibration import Calibration, Fortune
-from specinfer.draft.growth import likeliest
+from specinfer.draft.calibration import Calibration, Curves, Fortune
+from specinfer.draft.growth import Guesses, likeliest
 from specinfer.draft.guesses import Guess, Limits, NativePool, NumpyPool
 from specinfer.draft.rounds import Values
 from specinfer.ops.native import kernels
+from specinfer.request import SamplingParams
+from specinfer.sampling import RowFilters, target_laws
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no kernels of our own here")
 
@@ -116,3 +119,42 @@ def test_the_likeliest_are_found(size, count, monkeypatch):
 def test_the_first_among_equals_is_the_likeliest():
     laws = torch.full((1, 200), 1 / 200)
     assert likeliest(laws, 3)[0].tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 4.0])
+@pytest.mark.parametrize("size", [3, 100, 4096])
+def test_logits_give_the_probabilities_of_their_law(temperature, size):
+    logits = 5 * torch.randn(4, size, generator=torch.Generator().manual_seed(size))
+    logits[1, 0] = -1e30  # a token that the drafter does not know
+    filters = RowFilters.of([(SamplingParams(temperature=temperature), 4)])
+    laws = target_laws(logits, filters)
+    tokens, probabilities = Guesses(logits=(logits, filters)).likeliest(8)
+    assert (tokens == laws.topk(min(8, size), -1).indices.numpy()).all()
+    expected = np.take_along_axis(laws.numpy(), tokens, -1)
+    assert probabilities == pytest.approx(expected, rel=1e-5, abs=1e-30)
+
+
+@pytest.mark.parametrize("changed", [{"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_filters_are_not_passed_by(changed):
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    filters = RowFilters.of([(SamplingParams(temperature=1.0, **changed), 1)])
+    expected = likeliest(target_laws(logits, filters), 8)[1]
+    assert (Guesses(logits=(logits, filters)).likeliest(8)[1] == expected).all()
+
+
+def test_curves_learn_alike(monkeypatch):
+    rng = np.random.default_rng(0)
+    native, plain = Curves(), Curves()
+    seen = [
+        (int(rng.integers(0, 12)), float(rng.random() ** 3), float(rng.random() < 0.5))
+        for _ in range(3000)
+    ]
+    seen += [(0, 0.9, 1.0)] * 9000  # until old ones fade
+    for each in seen:
+        native.record(*each)
+    monkeypatch.setattr(calibration_module, "kernels", lambda: None)
+    for each in seen:
+        plain.record(*each)
+    assert native.rates == pytest.approx(plain.rates, rel=1e-12)
+    assert native.trials == pytest.approx(plain.trials, rel=1e-12)
+    assert native.hits == pytest.approx(plain.hits, rel=1e-12)

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specinfer.errors import ConfigError
+from specinfer.ops.native import kernels
 
 Regime = Literal["greedy", "seeded", "cold", "warm", "hot"]
 """Requests whose slots are accepted alike: greedy ones and those hardly warmer, seeded ones, and
@@ -135,11 +136,15 @@ class Curves:
         """Forget what was seen, for these counts."""
         self.trials, self.hits = trials.copy(), hits.copy()
         self.rates = hits / trials  # not to be written to
+        self._counts = [each.ctypes.data for each in (self.trials, self.hits, self.rates)]
         self.addresses: tuple[int, int] = self.rates.ctypes.data, self.trials.ctypes.data
         """Where rates and trials begin, for kernels that read them."""
 
     def record(self, rank: int, probability: float, accepted: float) -> None:
         """Count one slot: `accepted` is 1 or 0, or the chance of it."""
+        if (found := kernels()) is not None:
+            found.record(*self._counts, rank, probability, accepted, _MAX_TRIALS)
+            return
         rank = min(rank, NUM_RANKS - 1)
         axis = _knot_of(probability)
         low = min(int(axis), _NUM_KNOTS - 2)

@@ -177,7 +177,7 @@ class Drawing:
         laws: dict[int, tuple[Drawable, list[list[Pick]]]] = {}
         told: dict[int, Told] = {}
         for source, (said, _) in rounds.answers.items():
-            if said.laws is None:
+            if said.picks is not None:
                 told[source] = Told(said)
             else:
                 drawable = Drawable.of(said.laws)

@@ -18,7 +18,7 @@ from specinfer.config import Draw
 from specinfer.draft.base import Draft, Drafter, Pick
 from specinfer.draft.calibration import Features, Fortune, Regime
 from specinfer.history import Edits, History
-from specinfer.ops.native import address, kernels
+from specinfer.ops.native import Kernels, address, kernels
 from specinfer.ops.transfer import is_far, to_host
 from specinfer.request import SamplingParams
 from specinfer.sampling import RowFilters, SeededNoise, target_laws
@@ -114,16 +114,42 @@ class Builder(Protocol):
         ...
 
 
-@dataclass(slots=True)
 class Guesses:
     """What one drafter says after the nodes of a frontier: laws or picks, row by row.
 
-    laws   [rows, vocab] float32, rows sum to 1; for picks of a seeded request tilted by its noise
-    picks  per row, (token, probability), likeliest first
+    picks  per row, (token, probability), likeliest first; None: there are laws
     """
 
-    laws: Tensor | None = None
-    picks: list[list[Pick]] | None = None
+    def __init__(
+        self,
+        laws: Tensor | None = None,
+        picks: list[list[Pick]] | None = None,
+        logits: tuple[Tensor, RowFilters] | None = None,
+    ) -> None:
+        """Either laws [rows, vocab] float32, rows sum to 1, or picks, or what makes laws."""
+        self.picks = picks
+        self._laws = laws
+        self._logits = logits
+
+    @property
+    def laws(self) -> Tensor:
+        """[rows, vocab] float32; for picks of a seeded request tilted by its noise."""
+        if self._laws is None:
+            assert self._logits is not None, "picks have no laws"
+            self._laws = target_laws(*self._logits)
+        return self._laws
+
+    def likeliest(self, count: int) -> tuple[Integers, Floats]:
+        """The likeliest tokens of each row and their probabilities, both [rows, count].
+
+        cost  without writing laws out where only a temperature makes them of logits
+        """
+        if self._laws is None and self._logits is not None and (found := kernels()) is not None:
+            logits, filters = self._logits
+            temperature = filters.one_temperature
+            if temperature is not None and not is_far(logits):
+                return _likeliest(found, logits, count, 1.0 / temperature)
+        return likeliest(self.laws, count)
 
 
 def guess(drafter: Drafter, asked: Sequence[tuple[Growth, Draft, list[int]]]) -> Guesses:
@@ -139,7 +165,10 @@ def guess(drafter: Drafter, asked: Sequence[tuple[Growth, Draft, list[int]]]) ->
     if not isinstance(answer, Tensor):
         return Guesses(picks=_admitted(answer, [len(nodes) for _, _, nodes in asked], edits))
     runs = [(growth.params, len(nodes)) for growth, _, nodes in asked]
-    laws = target_laws(answer, RowFilters.of(runs, edits=edits, device=answer.device))
+    filters = RowFilters.of(runs, edits=edits, device=answer.device)
+    if not any(growth.noise is not None and growth.draw == "pick" for growth, _, _ in asked):
+        return Guesses(logits=(answer, filters))
+    laws = target_laws(answer, filters)
     start = 0
     for growth, draft, nodes in asked:
         stop = start + len(nodes)
@@ -222,16 +251,22 @@ def as_picks(tokens: np.ndarray, probabilities: np.ndarray) -> list[list[Pick]]:
     ]
 
 
-def likeliest(laws: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+def likeliest(laws: Tensor, count: int) -> tuple[Integers, Floats]:
     """The likeliest tokens of each row and their probabilities, both [rows, count]."""
-    count = min(count, laws.shape[-1])
-    if laws.device.type == "cpu" and (found := kernels()) is not None:
-        rows, size = laws.shape
-        laws = laws.to(torch.float32).contiguous()
-        tokens, probabilities = (np.empty((rows, count), t) for t in (np.int64, np.float32))
-        where = address(probabilities), address(tokens)
-        found.likeliest(laws.data_ptr(), rows, size, count, *where)
-        return tokens, probabilities
-    top = laws.topk(count, -1)
+    if not is_far(laws) and (found := kernels()) is not None:
+        return _likeliest(found, laws, count, 0.0)
+    top = laws.topk(min(count, laws.shape[-1]), -1)
     tokens, probabilities = to_host(top.indices, top.values)
+    return tokens, probabilities
+
+
+def _likeliest(found: Kernels, rows: Tensor, count: int, scale: float) -> tuple[Integers, Floats]:
+    """The same by our kernel, of laws, or of logits and 1 / temperature."""
+    num_rows, size = rows.shape
+    count = min(count, size)
+    rows = rows.to(torch.float32).contiguous()
+    tokens = np.empty((num_rows, count), np.int64)
+    probabilities = np.empty((num_rows, count), np.float32)
+    where = address(probabilities), address(tokens)
+    found.likeliest(rows.data_ptr(), num_rows, size, count, scale, *where)
     return tokens, probabilities

@@ -17,6 +17,7 @@ import numpy as np
 from specinfer.draft.growth import Growth
 from specinfer.draft.rounds import LEAST, Integers, Numbers, Values
 from specinfer.ops.native import Kernels, address, kernels
+from specinfer.tree import Floats
 
 
 class Limits(NamedTuple):
@@ -91,7 +92,7 @@ class Pool(Protocol):
         growths: Sequence[Growth],
         parents: Sequence[int],
         tokens: Integers,
-        probabilities: Numbers,
+        probabilities: Floats,
     ) -> None:
         """Put in what one drafter said after expanded guesses.
 
@@ -154,7 +155,7 @@ class NativePool:
         growths: Sequence[Growth],
         parents: Sequence[int],
         tokens: Integers,
-        probabilities: Numbers,
+        probabilities: Floats,
     ) -> None:
         """See `Pool.extend`."""
         tokens = np.ascontiguousarray(tokens, np.int64)
@@ -233,14 +234,14 @@ class NumpyPool:
         growths: Sequence[Growth],
         parents: Sequence[int],
         tokens: Integers,
-        probabilities: Numbers,
+        probabilities: Floats,
     ) -> None:
         """See `Pool.extend`."""
         above = np.array(parents)
         self._rows[above, _OPEN] = 0.0
-        probabilities = probabilities.astype(np.float64)
+        probabilities = np.asarray(probabilities, np.float64)
         left = 1.0 - np.cumsum(probabilities, -1) + probabilities
-        shares = np.zeros_like(probabilities)  # what a law cannot draw has no share of nothing
+        shares: Numbers = np.zeros(tokens.shape)  # what a law cannot draw has no share of nothing
         np.divide(
             probabilities, np.maximum(left, probabilities), out=shares, where=probabilities > 0
         )

@@ -7,7 +7,7 @@ lawful. All such requests of a step share one pool of guesses.
 from collections.abc import Sequence
 
 from specinfer.draft.calibration import Features
-from specinfer.draft.growth import Grown, Growth, Guesses, likeliest
+from specinfer.draft.growth import Grown, Growth, Guesses
 from specinfer.draft.guesses import Guess, Limits, Offer, pool_of
 from specinfer.draft.rounds import (
     LEAST,
@@ -16,14 +16,13 @@ from specinfer.draft.rounds import (
     WIDEST,
     Candidate,
     Integers,
-    Numbers,
     Prices,
     Queue,
     Rounds,
     Told,
     Values,
 )
-from specinfer.tree import TokenTree
+from specinfer.tree import Floats, TokenTree
 
 
 class Picking:
@@ -77,7 +76,7 @@ class Picking:
             return
         (source, *others) = {source for by_source in places.values() for source in by_source}
         said = rounds.answers[source][0]
-        if others or said.laws is None:
+        if others or said.picks is not None:
             self._pool.append([offer.row for offer in places], self._from_many(rounds, places))
             return
         growths = [self._growths[self._own[offer.request]] for offer in places]
@@ -111,12 +110,14 @@ class Picking:
 
     def _likeliest(
         self, said: Guesses, growths: Sequence[Growth], places: list[int]
-    ) -> tuple[Integers, Numbers]:
+    ) -> tuple[Integers, Floats]:
         """What a model's laws hold likeliest: tokens and probabilities [places, width]."""
-        assert said.laws is not None
-        laws = said.laws if len(places) == len(said.laws) else said.laws[places]
         widest = WIDEST if self._prices is None else PRICED_WIDEST
-        return likeliest(laws, min(widest, max([growth.max_nodes for growth in growths])))
+        width = min(widest, max([growth.max_nodes for growth in growths]))
+        tokens, probabilities = said.likeliest(width)
+        if len(places) == len(tokens):
+            return tokens, probabilities
+        return tokens[places], probabilities[places]
 
     def _from_many(self, rounds: Rounds, places: dict[Offer, dict[int, int]]) -> list[Guess]:
         """Guesses of several drafters: at each place the surest of what each would say next."""

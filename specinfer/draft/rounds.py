@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from specinfer.draft.base import Draft, Drafter, DrafterFailedError, Pick
 from specinfer.draft.calibration import Calibration
-from specinfer.draft.growth import Growth, Guesses, as_picks, guess, likeliest
+from specinfer.draft.growth import Growth, Guesses, as_picks, guess
 from specinfer.ops.native import address, kernels
 
 Numbers = npt.NDArray[np.float64]
@@ -260,8 +260,8 @@ class Told:
 
     def __init__(self, said: Guesses, width: int = WIDEST) -> None:
         self._picks = said.picks
-        if said.laws is not None:
-            self._picks = as_picks(*likeliest(said.laws, width))
+        if self._picks is None:
+            self._picks = as_picks(*said.likeliest(width))
 
     def row(self, row: int) -> list[Pick]:
         """(token, probability) after one node, likeliest first."""

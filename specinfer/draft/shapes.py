@@ -19,7 +19,6 @@ from specinfer.draft.growth import (
     Guesses,
     as_picks,
     guess,
-    likeliest,
 )
 from specinfer.sampling import add_iid, add_picks, add_without_replacement
 from specinfer.tree import TokenTree, union
@@ -198,7 +197,7 @@ class _Slots:
         """Put up to `width` slots under a node, from the next row."""
         row = self._row
         self._row += 1
-        if growth.draw == "pick" or self._said.laws is None:
+        if growth.draw == "pick" or self._said.picks is not None:
             add_picks(tree, node, self._likeliest(row)[:width], source=source)
             return
         if self._drawable is None:
@@ -209,8 +208,7 @@ class _Slots:
 
     def _likeliest(self, row: int) -> list[int]:
         if self._picks is None:
-            assert self._said.laws is not None
-            self._picks = as_picks(*likeliest(self._said.laws, self._width))
+            self._picks = as_picks(*self._said.likeliest(self._width))
         return [token for token, probability in self._picks[row] if probability > 0]
 
 

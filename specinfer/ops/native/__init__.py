@@ -104,7 +104,8 @@ class Kernels:
         )
         self.step = _function(library, "step", (POINTER(Model), POINTER(Step), c_int), c_int)
         i, p, d = c_int64, c_void_p, c_double
-        self.likeliest = _function(library, "likeliest", (p, i, i, i, p, p))
+        self.likeliest = _function(library, "likeliest", (p, i, i, i, c_float, p, p))
+        self.record = _function(library, "record", (p, p, p, i, d, d, d))
         self.choose = _function(library, "choose", (p, p, i, d, p, i, p), i)
         # The pool of guesses, by its address
         self.pool_new = _function(library, "pool_new", (p, i), p)

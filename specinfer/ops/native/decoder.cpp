@@ -444,11 +444,19 @@ void specinfer_attend(const Segment *segments, int64_t num_segments, const void 
     run(static_cast<float *>(nullptr));
 }
 
-// [rows][size] -> the likeliest of each row, both [rows][width]
-void specinfer_likeliest(const float *from, int64_t rows, int64_t size, int64_t width,
+// [rows][size] laws, or logits and 1 / temperature where that is not 0 -> the likeliest tokens of
+// each row and their probabilities, both [rows][width]
+void specinfer_likeliest(const float *from, int64_t rows, int64_t size, int64_t width, float scale,
                          float *values, int64_t *places) {
-    for (int64_t r = 0; r < rows; r++)
+    for (int64_t r = 0; r < rows; r++) {
         likeliest(from + r * size, size, width, values + r * width, places + r * width);
+        if (scale != 0) normalise(from + r * size, size, scale, width, values + r * width);
+    }
+}
+
+void specinfer_record(double *trials, double *hits, double *rates, int64_t rank,
+                      double probability, double accepted, double most) {
+    record(trials, hits, rates, rank, probability, accepted, most);
 }
 
 int64_t specinfer_choose(const double *reaches, const Curve *curves, int64_t count, double price,

@@ -9,6 +9,8 @@
 #include <cmath>
 #include <vector>
 
+#include "common.h"
+
 struct Guess {
     int64_t row, parent, request, token, depth, source, rank;
     int64_t node;        // in its request's draft; 0: it was never offered
@@ -187,6 +189,23 @@ class Pool {
     std::vector<double> worths_;
 };
 
+// Counts one slot among those at two knots, as Curves.record of draft/calibration.py does.
+inline void record(double *trials, double *hits, double *rates, int64_t rank, double probability,
+                   double accepted, double most) {
+    double p = std::min(std::max(probability, 1e-9), 1 - 1e-9);
+    double axis = std::log(p / (1 - p)) / Curve::STEP + Curve::REACH / Curve::STEP;
+    axis = std::min(std::max(axis, 0.0), Curve::KNOTS - 1.0);
+    int64_t low = std::min((int64_t)axis, Curve::KNOTS - 2);
+    int64_t place = std::min(rank, Curve::RANKS - 1) * Curve::KNOTS + low;
+    for (double share : {low + 1 - axis, axis - low}) {
+        if (trials[place] > most) trials[place] /= 2, hits[place] /= 2;
+        trials[place] += share;
+        hits[place] += share * accepted;
+        rates[place] = hits[place] / trials[place];
+        place++;
+    }
+}
+
 // Which of some nodes a drafter's pass is worth its time for, the best first; how many.
 // costs  [num_costs] of a pass over 0, 1, ... nodes
 inline int64_t choose(const double *reaches, const Curve *curves, int64_t count, double price,
@@ -208,6 +227,20 @@ inline int64_t choose(const double *reaches, const Curve *curves, int64_t count,
         if (gain - costs[i + 1] > worth) worth = gain - costs[i + 1], best = i + 1;
     }
     return best;
+}
+
+// Logits' values among the likeliest -> their probabilities at a temperature.
+// values  [width], the largest first
+inline void normalise(const float *logits, int64_t size, float scale, int64_t width,
+                      float *values) {
+    const float most = values[0];
+    const Vector peak = splat(most), by = splat(scale);
+    Vector sums = splat(0.0f);
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) sums = sums + exp((load(logits + i) - peak) * by);
+    float sum = total(sums);
+    for (; i < size; i++) sum += std::exp((logits[i] - most) * scale);
+    for (int64_t k = 0; k < width; k++) values[k] = std::exp((values[k] - most) * scale) / sum;
 }
 
 // The `width` likeliest of `size` and where they stand, the first among equals first.
