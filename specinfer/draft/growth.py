@@ -139,16 +139,22 @@ class Guesses:
             self._laws = target_laws(*self._logits)
         return self._laws
 
+    @property
+    def temperature(self) -> float | None:
+        """What alone makes laws of logits that are at hand; None elsewhere."""
+        if self._logits is None or is_far(self._logits[0]):
+            return None
+        return self._logits[1].one_temperature
+
     def likeliest(self, count: int) -> tuple[Integers, Floats]:
         """The likeliest tokens of each row and their probabilities, both [rows, count].
 
         cost  without writing laws out where only a temperature makes them of logits
         """
-        if self._laws is None and self._logits is not None and (found := kernels()) is not None:
-            logits, filters = self._logits
-            temperature = filters.one_temperature
-            if temperature is not None and not is_far(logits):
-                return _likeliest(found, logits, count, 1.0 / temperature)
+        temperature = self.temperature
+        if temperature is not None and self._laws is None and (found := kernels()) is not None:
+            assert self._logits is not None
+            return _likeliest(found, self._logits[0], count, 1.0 / temperature)
         return likeliest(self.laws, count)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from specinfer.draft.growth import Growth
 from specinfer.draft.rounds import LEAST, Integers, Numbers, Values
-from specinfer.ops.native import Kernels, address, kernels
+from specinfer.ops.native import Growing, Kernels, address, kernels
 from specinfer.tree import Floats
 
 
@@ -179,6 +179,39 @@ class NativePool:
         where, stop = (None, 0) if totals is None else (address(totals), len(totals))
         count = self._kernels.pool_best(self._pool, where, stop, self._found)
         return [Guess._make(each) for each in self._read(_GUESS, count)]
+
+    def growing(
+        self,
+        source: int,
+        growths: Sequence[Growth],
+        *,
+        nodes: Numbers | None,
+        costs: Numbers | None,
+        width: int,
+        temperature: float,
+    ) -> Growing:
+        """What a drafter needs to grow on by itself: see ops/native/growth.h.
+
+        nodes, costs  [stop] prices of one more node, and of a pass over 0, 1, … nodes; None: none
+        width         guesses that are taken after a node
+        """
+        return Growing(
+            pool=self._pool,
+            nodes=None if nodes is None else address(nodes),
+            costs=None if costs is None else address(costs),
+            num_prices=0 if nodes is None else len(nodes),
+            curves=self._values.curves(source, growths),
+            num_requests=len(growths),
+            source=source,
+            width=width,
+            scale=1.0 / temperature,
+            least=LEAST,
+        )
+
+    def offered(self) -> list[Offer]:
+        """Every guess that has a node, by request and node."""
+        count = self._kernels.pool_offered(self._pool, self._found)
+        return [Offer._make(each) for each in self._read(_OFFER, count)]
 
     def _read(self, kind: struct.Struct, count: int) -> Iterator[tuple[Any, ...]]:
         return kind.iter_unpack(memoryview(self._found)[: count * kind.size])

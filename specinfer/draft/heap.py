@@ -47,6 +47,8 @@ class HeapBuilder:
                 break
             picking.take(rounds)
             drawing.take(rounds)
+            if picking.grow_on(rounds):
+                break
         drawn = drawing.finish()
         grown = picking.finish(drawing.num_nodes) | drawn
         for index, each in grown.items():

@@ -1,5 +1,6 @@
 """A small model as drafter, with K and V pages of its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch.nn import functional
 
 from specinfer.cache.blocks import Pages
 from specinfer.draft.base import Draft
+from specinfer.ops.native import Growing
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
 
@@ -89,6 +91,38 @@ class ModelDrafter:
         head, _ = _split(self._catch_up(draft, state), count)
         self._run([head])
         state.num_computed += count
+
+    def grow_on(
+        self, drafts: Sequence[tuple[Draft, int]], growing: Growing, num_rounds: int, most: int
+    ) -> list[tuple[int, int, float]] | None:
+        """Grow picked trees whose roots alone were expanded, in as many rounds as are worth it.
+
+        drafts      with how many nodes each may have, in the order of the pool's requests
+        num_rounds  there were already, and `most` there may be
+        returns     per pass its nodes, requests and seconds; None where no kernel does it, with
+                    nothing computed. The nodes are in the pool: `drafts` are left as they are
+        """
+        native = self._runner.native
+        if native is None or self._vocab_size != self._runner.vocab_size:
+            return None
+        states = [self._states[draft.key] for draft, _ in drafts]
+        if any(state.keys for state in states):
+            return None
+        places = [
+            (state.num_computed, draft.pages.slots(0, state.num_computed + count))
+            for state, (draft, count) in zip(states, drafts, strict=True)
+        ]
+        most_nodes = sum([count for _, count in drafts])
+        grown = native.grow(
+            growing, places, num_rounds=num_rounds, most_rounds=most, most_nodes=most_nodes
+        )
+        if grown is None:
+            return None
+        expanded, passes = grown
+        for request, node in expanded:
+            state = states[request]
+            state.keys[node] = state.num_computed + len(state.keys)
+        return passes
 
     def admit(self, accepted: list[tuple[Draft, list[int]]]) -> None:
         """See `Drafter.admit`: keep the K and V of the accepted nodes that were expanded."""

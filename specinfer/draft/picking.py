@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from specinfer.draft.calibration import Features
 from specinfer.draft.growth import Grown, Growth, Guesses
-from specinfer.draft.guesses import Guess, Limits, Offer, pool_of
+from specinfer.draft.guesses import Guess, Limits, NativePool, Offer, pool_of
 from specinfer.draft.rounds import (
     LEAST,
     PRICED_WIDEST,
@@ -84,6 +84,45 @@ class Picking:
         parents = [offer.row for offer in places]
         self._pool.extend(source, growths, parents, tokens, probabilities)
 
+    def grow_on(self, rounds: Rounds) -> bool:
+        """Take all further rounds at once, where one drafter alone is asked and has kernels for it.
+
+        For requests with a law like any other's: a history or a seed's noise changes it per node.
+        """
+        growths = [self._growths[index] for index in self._own]
+        sources = {source for growth in growths for source in growth.sources}
+        if len(growths) < len(self._growths) or len(sources) != 1 or rounds.num_rounds != 1:
+            return False
+        (source,) = sources
+        said, _ = rounds.answers[source]
+        nodes = costs = None
+        if self._prices is not None:
+            nodes, costs = self._prices.nodes, self._prices.rounds[source]
+        if (
+            said.temperature is None
+            or not isinstance(self._pool, NativePool)
+            or any(growth.history is not None for growth in growths)
+            or not all(rounds.asked(source, index) for index in self._own)
+            or (nodes is not None and costs is not None and len(nodes) != len(costs))
+        ):
+            return False
+        most = max([min(growth.max_depth, growth.max_nodes) for growth in growths])
+        growing = self._pool.growing(
+            *(source, growths),
+            nodes=nodes,
+            costs=costs,
+            width=self._width(growths),
+            temperature=said.temperature,
+        )
+        drafts = [(self.drafts[index], self._growths[index].max_nodes) for index in self._own]
+        if not rounds.grow_on(source, drafts, growing, most):
+            return False
+        for offer in self._pool.offered():
+            tree = self.drafts[self._own[offer.request]].tree
+            if offer.node == len(tree):
+                tree.add(offer.above, offer.token)
+        return True
+
     def finish(self, num_others: int) -> dict[int, Grown]:
         """Keep the best nodes of each request: parents are worth more than their children."""
         totals = None if self._prices is None else self._prices.totals
@@ -108,13 +147,16 @@ class Picking:
                 maps[guess.request][guess.node] = node
         return grown
 
+    def _width(self, growths: Sequence[Growth]) -> int:
+        """Guesses to look at after a node."""
+        widest = WIDEST if self._prices is None else PRICED_WIDEST
+        return min(widest, max([growth.max_nodes for growth in growths]))
+
     def _likeliest(
         self, said: Guesses, growths: Sequence[Growth], places: list[int]
     ) -> tuple[Integers, Floats]:
         """What a model's laws hold likeliest: tokens and probabilities [places, width]."""
-        widest = WIDEST if self._prices is None else PRICED_WIDEST
-        width = min(widest, max([growth.max_nodes for growth in growths]))
-        tokens, probabilities = said.likeliest(width)
+        tokens, probabilities = said.likeliest(self._width(growths))
         if len(places) == len(tokens):
             return tokens, probabilities
         return tokens[places], probabilities[places]

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from specinfer.draft.base import Draft, Drafter, DrafterFailedError, Pick
 from specinfer.draft.calibration import Calibration
 from specinfer.draft.growth import Growth, Guesses, as_picks, guess
-from specinfer.ops.native import address, kernels
+from specinfer.ops.native import Growing, address, kernels
 
 Numbers = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -232,6 +232,13 @@ class Rounds:
                 self._known.setdefault((source, i), set()).update(own)
         self.num_rounds += 1
         return bool(self.answers)
+
+    def grow_on(
+        self, source: int, drafts: Sequence[tuple[Draft, int]], growing: Growing, most: int
+    ) -> bool:
+        """Let a drafter that can take all further rounds by itself; False: it cannot."""
+        grow_on = getattr(self._drafters[source], "grow_on", None)
+        return grow_on is not None and bool(grow_on(drafts, growing, self.num_rounds, most))
 
     def _choose(
         self, source: int, frontier: Sequence[Candidate], price: float

@@ -10,6 +10,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from specinfer.draft.base import Draft, Drafter, DrafterFailedError, Pick
+from specinfer.draft.model import ModelDrafter
+from specinfer.ops.native import Growing
 from specinfer.request import RequestStats
 
 _log = logging.getLogger("specinfer")
@@ -158,6 +160,21 @@ class TimedDrafter:
         seconds = time.perf_counter() - start
         self._stats.passes.append(Pass(self._source, num_nodes, len(frontier), num_tokens, seconds))
         return answer
+
+    def grow_on(
+        self, drafts: Sequence[tuple[Draft, int]], growing: Growing, num_rounds: int, most: int
+    ) -> bool:
+        """`ModelDrafter.grow_on`; whether it was done, or the drafter failed over it."""
+        if self.is_failed or not isinstance(self._drafter, ModelDrafter):
+            return False
+        passes = None
+        with self.guarded():
+            passes = self._drafter.grow_on(drafts, growing, num_rounds, most)
+        for num_nodes, num_spans, seconds in passes or ():
+            self._stats.passes.append(Pass(self._source, num_nodes, num_spans, num_nodes, seconds))
+            self._stats.seconds["draft"] += seconds
+            self._stats.nested_s += seconds
+        return passes is not None or self.is_failed
 
     def admit(self, accepted: list[tuple[Draft, list[int]]]) -> None:
         """See `Drafter.admit`."""

@@ -1,6 +1,7 @@
 """A model's steps on a processor with kernels of our own: one call from tokens to logits."""
 
 import ctypes
+import struct
 from array import array
 from collections.abc import Sequence
 
@@ -14,10 +15,12 @@ from specinfer.models.decoder import Decoder, DecoderLayer
 from specinfer.models.layers import Linear, RMSNorm
 from specinfer.ops.native import (
     ACTIVATIONS,
+    Growing,
     Kernels,
     Layer,
     Model,
     NativeWeight,
+    Place,
     Step,
     Weight,
     address,
@@ -28,6 +31,10 @@ from specinfer.ops.native.segments import SegmentTable
 from specinfer.ops.packed import PackedWeight
 from specinfer.run.batch import Span, lay_out
 
+# Structures of growth.h, field by field
+_OFFER = struct.Struct("=6qd")
+_PASS = struct.Struct("=2qd")
+
 _FIRST_POSITIONS = 1024
 """Positions whose angles are computed at first; then twice as many whenever more are needed."""
 
@@ -37,7 +44,7 @@ class NativeSteps:
 
     def __init__(self, decoder: Decoder, pool: KVPool, kernels: Kernels) -> None:
         a = decoder.architecture
-        self._run_step = kernels.step
+        self._run_step, self._grow = kernels.step, kernels.grow
         self.lanes = kernels.lanes
         """`Kernels.lanes`: which form runs."""
         self._decoder, self._pool = decoder, pool
@@ -130,6 +137,51 @@ class NativeSteps:
         if not self._run_step(ctypes.byref(self._model), ctypes.byref(step), threads):
             raise IndexError(f"token ids must be 0 to {self._vocab_size - 1}")
         return torch.from_numpy(logits)
+
+    def grow(
+        self,
+        growing: Growing,
+        places: Sequence[tuple[int, slice | npt.NDArray[np.int64]]],
+        *,
+        num_rounds: int,
+        most_rounds: int,
+        most_nodes: int,
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int, float]]] | None:
+        """Go on with the rounds of growing picked trees, all in one call.
+
+        places       per request, the keys that all its nodes see, and where they and the nodes' own
+                     are to stand
+        num_rounds   there were already
+        most_rounds, most_nodes  there may be, together
+        returns      what was expanded, (request, node) in the order of their keys, and per pass its
+                     nodes, requests and seconds; None where a model with windows is asked
+        raises       IndexError for a token that is none of the vocabulary's
+        """
+        if self._windows != [None]:
+            return None
+        highest = max([prefix for prefix, _ in places]) + most_rounds
+        if highest >= self._num_positions:
+            self._make_angles(2 * highest)
+        rows, kept = (Place * len(places))(), []
+        for row, (prefix, slots) in zip(rows, places, strict=True):
+            row.prefix = prefix
+            if isinstance(slots, slice):
+                row.start = slots.start
+            else:
+                kept.append(np.ascontiguousarray(slots, np.int64))
+                row.slots = address(kept[-1])
+        expanded = ctypes.create_string_buffer(_OFFER.size * most_nodes)
+        passes = ctypes.create_string_buffer(_PASS.size * most_rounds)
+        count = self._grow(
+            *(ctypes.byref(self._model), ctypes.byref(growing), rows, num_rounds, *self._angles),
+            *(torch.get_num_threads(), expanded, passes),
+        )
+        if count < 0:
+            raise IndexError(f"token ids must be 0 to {self._vocab_size - 1}")
+        told = list(_PASS.iter_unpack(memoryview(passes)[: count * _PASS.size]))
+        num_expanded = sum([num_nodes for num_nodes, _, _ in told])
+        offers = _OFFER.iter_unpack(memoryview(expanded)[: num_expanded * _OFFER.size])
+        return [(request, node) for _, request, node, *_ in offers], told
 
     def _make_angles(self, num_positions: int) -> None:
         self._num_positions = num_positions

@@ -1,7 +1,7 @@
 """Our own kernels for processors, and their structures in ctypes, field by field."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
@@ -67,6 +67,25 @@ class Step(Structure):
     )
 
 
+class Growing(Structure):
+    """What grows in rounds, as growth.h has it."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("pool", "nodes", "costs")),
+        ("num_prices", c_int64),
+        ("curves", c_char_p),
+        *((name, c_int64) for name in ("num_requests", "source", "width")),
+        ("scale", c_float),
+        ("least", c_double),
+    )
+
+
+class Place(Structure):
+    """Where a growing request's keys stand, as growth.h has it."""
+
+    _fields_ = (("prefix", c_int64), ("slots", c_void_p), ("start", c_int64))
+
+
 PARTS = ("linears", "lm_head", "attention", "norms", "rest")
 """What `Step.seconds` tells apart, in order."""
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
@@ -114,6 +133,9 @@ class Kernels:
         self.pool_extend = _function(library, "pool_extend", (p, p, i, p, p, i, i, p, d))
         self.pool_append = _function(library, "pool_append", (p, p, i, p, i))
         self.pool_frontier = _function(library, "pool_frontier", (p, i, d, c_int, p), i)
+        self.pool_offered = _function(library, "pool_offered", (p, p), i)
+        model, growing = POINTER(Model), POINTER(Growing)
+        self.grow = _function(library, "grow", (model, growing, p, i, p, p, c_int, p, p), i)
         self.pool_best = _function(library, "pool_best", (p, p, i, p), i)
 
     def multiplies(self, dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@
 #include <omp.h>
 
 #include "attention.h"
-#include "guesses.h"
+#include "growth.h"
 #include "rounding.h"
 
 enum Activation : int64_t { SILU, RELU, GELU, GELU_TANH };
@@ -462,6 +462,45 @@ void specinfer_record(double *trials, double *hits, double *rates, int64_t rank,
 int64_t specinfer_choose(const double *reaches, const Curve *curves, int64_t count, double price,
                          const double *costs, int64_t num_costs, int64_t *order) {
     return choose(reaches, curves, count, price, costs, num_costs, order);
+}
+
+int64_t specinfer_pool_offered(void *pool, Offer *to) {
+    return static_cast<Pool *>(pool)->offered(to);
+}
+
+// Grows on from round `first`; how many rounds there were, or -1 where a step could not be computed.
+// expanded  in the order in which their keys stand; passes  one for each round
+int64_t specinfer_grow(const Model *model, const Growing *growing, const Place *places,
+                       int64_t first, const float *cos, const float *sin, int threads,
+                       Offer *expanded, GrowingPass *passes) {
+    static thread_local Scratch logits;
+    Grower grower{*growing, places};
+    Round round;
+    int64_t num_rounds = 0;
+    for (; grower.choose_offers(first + num_rounds); num_rounds++) {
+        const double start = omp_get_wtime();
+        grower.lay_out(round);
+        const int64_t count = round.tokens.size(), vocab = model->head.outputs;
+        const Segment *const plan = round.segments.data();
+        float *to = logits.get<float>(count * vocab);
+        Step step{count,
+                  count,
+                  (int64_t)round.segments.size(),
+                  round.tokens.data(),
+                  round.positions.data(),
+                  round.writes.data(),
+                  round.rows.data(),
+                  cos,
+                  sin,
+                  &plan,
+                  to,
+                  nullptr};
+        if (!specinfer_step(model, &step, threads)) return -1;
+        grower.take(round, to, vocab);
+        expanded = std::copy(grower.offers().begin(), grower.offers().end(), expanded);
+        passes[num_rounds] = {count, step.num_segments, omp_get_wtime() - start};
+    }
+    return num_rounds;
 }
 
 void *specinfer_pool_new(const Request *requests, int64_t count) {

@@ -165,6 +165,33 @@ class Pool {
         return order_.size();
     }
 
+    // Every guess that was ever offered, by request and node; how many.
+    int64_t offered(Offer *to) const {
+        int64_t count = 0;
+        for (const Guess &guess : guesses_)
+            if (guess.node > 0)
+                to[count++] = {guess.row,
+                               guess.request,
+                               guess.node,
+                               guesses_[guess.parent].node,
+                               guess.token,
+                               guess.depth,
+                               guess.value};
+        std::sort(to, to + count, [](const Offer &a, const Offer &b) {
+            return a.request != b.request ? a.request < b.request : a.node < b.node;
+        });
+        return count;
+    }
+
+    int64_t most_offers() const {
+        int64_t most = 0;
+        for (const Request &each : requests_) most += std::min(each.rows, each.max_nodes);
+        return most;
+    }
+
+    int64_t parent_of(int64_t row) const { return guesses_[row].parent; }
+    double worth_of(const Offer &offer) const { return worth(guesses_[offer.row]); }
+
   private:
     void add(Guess guess) {
         guess.row = guesses_.size();
