@@ -86,6 +86,7 @@ def test_never_more_at_a_time_than_asked() -> None:
     with fake_server(first_s=0.03) as (url, fake):
         found = bench(url, "--num-prompts", "12", "--max-concurrency", "3")
         assert fake.most == 3
+    with fake_server(first_s=1.0) as (url, fake):  # the last comes before the first one ends
         bench(url, "--num-prompts", "12")
         assert fake.most == 12
     # Waiting for a place is not the server's: three at a time have three times the run in all
