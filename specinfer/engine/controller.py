@@ -38,8 +38,9 @@ _PROBE_EVERY = 128
 _PROBE_DISCOUNT = 0.5
 _PROBE_STEPS = 2
 """Where nothing was worth its price for long, a first node of each sequence is priced lower in one
-step of so many, and in the next ones if something was drafted: what drafts are worth is only learnt
-by drafting, and what they take once the processor's caches know it."""
+step of so many, and in the next if something was drafted: what drafts are worth is only learnt by
+drafting, and what they take once the processor's caches know it. One step at the usual prices
+follows; only what is drafted there ends the rest."""
 
 _HOST_RATE = 0.1
 """How fast the host's costs follow what is measured."""
@@ -102,24 +103,27 @@ class _Goodput:
     spans: float = 0.0
     seconds: float = 0.0
     num_plain: int = 0  # steps in a row in which nothing was worth its price
-    num_probes: int = 0  # to come
+    num_looks: int = 0  # to come, after a probe that drafted: all but the last are probes too
 
     @property
     def probes(self) -> bool:
-        """Whether the next step looks at what drafts are worth."""
-        return self.num_probes > 0 or self.num_plain % _PROBE_EVERY == 0 < self.num_plain
+        """Whether drafts are priced lower in the next step."""
+        if self.num_looks:
+            return self.num_looks > 1
+        return self.num_plain % _PROBE_EVERY == 0 < self.num_plain
 
     def add(self, load: StepLoad, seconds: float, *, was_told: bool) -> None:
         """Count a step; was_told  not to draft, whatever it would have been worth."""
-        if self.num_probes:
-            self.num_probes -= 1
-        elif self.probes and load.num_nodes:
-            self.num_probes = _PROBE_STEPS - 1
+        was_probe = self.probes
+        if self.num_looks:
+            self.num_looks -= 1
+        elif was_probe and load.num_nodes:
+            self.num_looks = _PROBE_STEPS
         self.tokens = self.tokens * _FADE + load.num_emitted
         self.spans = self.spans * _FADE + load.num_spans
         self.seconds = self.seconds * _FADE + seconds
         if not was_told:
-            self.num_plain = 0 if load.num_nodes else self.num_plain + 1
+            self.num_plain = 0 if load.num_nodes and not was_probe else self.num_plain + 1
 
 
 class Controller:
@@ -136,7 +140,7 @@ class Controller:
         self._goodput: dict[int, _Goodput] = {}
         self._trials: dict[int, Trial] = {}
         self._bucket = -1  # of the last step
-        self._was_drafting = False  # in the last step
+        self._num_rested = 0  # steps in a row without a drafter's pass
         self._computed: dict[tuple[float, ...], tuple[tuple[int, ...], Any]] = {}
 
     def rests(self, num_spans: int) -> bool:
@@ -149,9 +153,10 @@ class Controller:
             return True
         if bucket != self._bucket:
             return False
-        num_plain = self._goodput[bucket].num_plain
-        every = _PATIENCE if num_plain < _LONG else _PROBE_EVERY
-        return num_plain > _PATIENCE and num_plain % every != 0
+        known = self._goodput[bucket]
+        every = _PATIENCE if known.num_plain < _LONG else _PROBE_EVERY
+        is_due = known.num_looks > 0 or known.num_plain % every == 0
+        return known.num_plain > _PATIENCE and not is_due
 
     def _trial(self, bucket: int) -> Trial:
         trial = self._trials.get(bucket)
@@ -258,9 +263,10 @@ class Controller:
         """
         if not decoding_only:
             return
-        is_cold = bool(load.passes) and not self._was_drafting
-        self._was_drafting = bool(load.passes)
-        if not is_cold:  # the first pass after plain steps takes several times as long as the next
+        # After long rests a first pass takes several times as long as the next ones.
+        is_cold = bool(load.passes) and self._num_rested > _PATIENCE
+        self._num_rested = 0 if load.passes else self._num_rested + 1
+        if not is_cold:
             for each in load.passes:
                 times = self.drafters[each.source]
                 if times is not None:

@@ -183,6 +183,7 @@ class Engine:
             for each in self.scheduler.waiting
         ):
             self.measure()
+        start_s = time.perf_counter()
         with timed("schedule"):
             jobs = self.scheduler.schedule()
         if not jobs:
@@ -216,7 +217,7 @@ class Engine:
             names = [drafter.name for drafter in self.speculator.drafters]
             keep_trees(emitting, traces, chances, names, self._step_time(works, before))
         if not self.broken:  # else some of what was computed is not among the works any more
-            self.speculator.learn_times(works, verdicts, before)
+            self.speculator.learn_times(works, verdicts, before, start_s)
         return traces
 
     def _end_lawless(

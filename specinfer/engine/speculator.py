@@ -25,7 +25,7 @@ from specinfer.engine.controller import (
 from specinfer.engine.measure import Report
 from specinfer.engine.scheduler import Job
 from specinfer.engine.sequence import Sequence
-from specinfer.engine.stats import HOST_PARTS, EngineStats, TimedDrafter
+from specinfer.engine.stats import EngineStats, TimedDrafter
 from specinfer.engine.work import Work
 from specinfer.errors import ConfigError
 from specinfer.tree import TokenTree
@@ -58,6 +58,7 @@ class Speculator:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._chunked_prefill_size = chunked_prefill_size
         self._left_to_feed = 0
+        self._learning_s = 0.0  # in the last step
         self._num_drafters = len(drafters)
         self.prediction = len(drafters)  # what requests predict themselves, as a source
         self._models = {
@@ -155,12 +156,23 @@ class Speculator:
                 self.calibration.record(name, regime, features, accepted, fortune)
 
     def learn_times(
-        self, works: ListLike[Work], verdicts: ListLike[Verdict], before: dict[str, float]
+        self,
+        works: ListLike[Work],
+        verdicts: ListLike[Verdict],
+        before: dict[str, float],
+        start_s: float,
     ) -> None:
-        """What the step cost and brought, of what was computed and not of where a text ended."""
+        """What the step cost and brought, of what was computed and not of where a text ended.
+
+        before, start_s  the seconds of its parts, and the time, when it began
+        """
         if self.controller is None:
             return
-        now = self._stats.seconds
+        learning_s = time.perf_counter()
+        passes = self._stats.passes
+        target_s = self._stats.seconds["target"] - before["target"]
+        # All that is neither model's: what stands between the parts too, and this, as of last time
+        host_s = learning_s - start_s - target_s - sum([each.seconds for each in passes])
         num_roots = sum([work.job.num_tokens for work in works])
         num_nodes = sum([work.tree.num_drafted for work in works])
         load = StepLoad(
@@ -168,15 +180,16 @@ class Speculator:
             num_spans=len(works),
             num_emitted=sum([len(verdict.path) + 1 for verdict in verdicts]),
             num_nodes=num_nodes,
-            passes=self._stats.passes,
-            target_s=now["target"] - before["target"],
-            host_s=sum([now[part] - before[part] for part in HOST_PARTS]),
+            passes=passes,
+            target_s=target_s,
+            host_s=max(0.0, host_s) + self._learning_s,
         )
         is_decoding = num_roots == len(works)
         if any(work.job.sequence.choice is not None for work in works):
             rate = self.controller.goodput(load.num_tokens - load.num_nodes, load.num_spans)
             self._learn_choices(works, verdicts, rate)
         self.controller.observe(load, decoding_only=is_decoding)
+        self._learning_s = time.perf_counter() - learning_s
 
     def _learn_choices(
         self, works: ListLike[Work], verdicts: ListLike[Verdict], rate: float
