@@ -21,7 +21,9 @@ _TURNS = 5
 class PlainSteps(DeviceSteps):
     """Steps by PyTorch's operators around the same attention."""
 
-    def _compute(self, shape: Shape, numbers: Tensor, plan: TritonPlan) -> Tensor:
+    def _compute(
+        self, shape: Shape, numbers: Tensor, plan: TritonPlan, picked: Tensor | None = None
+    ) -> Tensor:
         sizes = (*(shape.num_tokens,) * 3, shape.num_rows)
         tokens, positions, slots, rows = numbers[: sum(sizes)].long().split(sizes)
         windows = self._decoder.architecture.windows
@@ -30,6 +32,7 @@ class PlainSteps(DeviceSteps):
             self._pool.write(layer, slots, k, v)
             return plan(q, *self._pool.layer(layer), windows[layer])
 
+        tokens = tokens if picked is None else picked
         hidden = self._decoder.forward(tokens, positions, attend)
         return self._decoder.logits(hidden.index_select(0, rows))
 

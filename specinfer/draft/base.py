@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -68,4 +68,57 @@ class Drafter(Protocol):
 
     def drop(self, key: int) -> None:
         """Forget a request that has ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A tree whose form is known before its tokens are.
+
+    tree    a node's token is its rank under its parent: 0 is the likeliest
+    levels  per depth, the nodes that others stand under
+    """
+
+    tree: TokenTree
+    levels: list[list[int]]
+
+    @classmethod
+    def of(cls, tree: TokenTree) -> "Plan":
+        """A plan of such a tree."""
+        levels: list[list[int]] = [[] for _ in range(max(tree.depths))]
+        for node, slots in enumerate(tree.slots_of):
+            if slots:
+                levels[tree.depths[node]].append(node)
+        return cls(tree, levels)
+
+
+class Planned(NamedTuple):
+    """One request's tree to be filled with the likeliest tokens.
+
+    draft        its tree is the root alone, and left so
+    temperature  all that makes laws of the drafter's logits
+    """
+
+    draft: Draft
+    plan: Plan
+    temperature: float
+
+
+@runtime_checkable
+class LevelDrafter(Drafter, Protocol):
+    """One that may fill whole trees at once, without telling the host of each level.
+
+    has_levels  whether it may; where it may not, nobody needs to plan
+    """
+
+    has_levels: bool
+
+    def draft_levels(self, asked: list[Planned]) -> list[list[int]] | None:
+        """Do what `expand` would do for one level of nodes after the other.
+
+        returns  per request the tokens of its plan's nodes behind the root, -1 where the token has
+                 probability 0 or stands under one that has; None: this time they are too many, and
+                 nothing was done. Afterwards nodes are known by their numbers without those
+        raises   as `expand`
+        """
         ...

@@ -1,16 +1,16 @@
 """A small model as drafter, with K and V pages of its own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
 from torch.nn import functional
 
 from specinfer.cache.blocks import Pages
-from specinfer.draft.base import Draft
+from specinfer.draft.base import Draft, Planned
 from specinfer.ops.native import Growing
-from specinfer.run.batch import Span
+from specinfer.run.batch import Level, Span
 from specinfer.run.runner import Runner
 
 _UNKNOWN = -1e30
@@ -55,6 +55,7 @@ class ModelDrafter:
         self.name = name
         self.max_positions = runner.decoder.architecture.max_position_embeddings
         self.num_fed = 0  # tokens computed in the last pass
+        self.has_levels = runner.runs_levels
         self._runner = runner
         self._vocab_size = vocab_size
         self._max_tokens = max_tokens
@@ -79,6 +80,71 @@ class ModelDrafter:
             # No -inf: where all that may follow are tokens unknown here, there is still a law.
             logits = functional.pad(logits, (0, missing), value=_UNKNOWN)
         return logits
+
+    def draft_levels(self, asked: list[Planned]) -> list[list[int]] | None:
+        """See `LevelDrafter.draft_levels`."""
+        planned = [_State(each.draft.pages, len(each.draft.tokens)) for each in asked]
+        levels, rows = self._levels(asked, planned)
+        num_tokens = [sum(len(span.tokens) for span in level.spans) for level in levels]
+        vocab_size = min(self._vocab_size, self._runner.vocab_size)
+        widest = max(level.width for level in levels)
+        if max(num_tokens) > self._max_tokens or widest > vocab_size:
+            return None
+        picks = self._runner.run_levels(levels, vocab_size)
+        if picks is None:
+            return None
+        self.num_fed = sum(num_tokens)
+        answers = []
+        for (draft, plan, _), own, places in zip(asked, planned, rows, strict=True):
+            tokens, nodes, tree = list[int](), {0: 0}, plan.tree
+            for node in range(1, len(tree)):
+                parent, token = tree.parents[node], -1
+                if parent in nodes:
+                    token = picks[tree.depths[parent]][places[parent]][tree.tokens[node]]
+                if token >= 0:
+                    nodes[node] = len(nodes)
+                tokens.append(token)
+            answers.append(tokens)
+            state = self._states[draft.key]
+            state.num_computed = len(draft.tokens)
+            state.keys = {nodes[n]: key for n, key in own.keys.items() if n in nodes}
+            state.ancestors = {nodes[n]: seen for n, seen in own.ancestors.items() if n in nodes}
+        return answers
+
+    def _levels(
+        self, asked: list[Planned], planned: list[_State]
+    ) -> tuple[list[Level], list[dict[int, int]]]:
+        """Every level's spans, the roots' with what is to be caught up; and nodes' rows in them.
+
+        planned  what there will be once the roots are computed; takes the nodes in
+        """
+        levels = list[Level]()
+        rows: list[dict[int, int]] = [{} for _ in asked]
+        drafts = [replace(draft, tree=plan.tree) for draft, plan, _ in asked]
+        for depth in range(max(len(plan.levels) for _, plan, _ in asked)):
+            level, count = Level([], 0, []), 0
+            for (draft, plan, temperature), of_plan, own, places in zip(
+                asked, drafts, planned, rows, strict=True
+            ):
+                if depth >= len(plan.levels):
+                    continue
+                nodes, tree = plan.levels[depth], plan.tree
+                if depth == 0:
+                    own.ancestors = {0: []}
+                    span = self._catch_up(draft, self._state(draft))
+                else:
+                    span, width = self._tree_span(of_plan, own, nodes), levels[-1].width
+                    above = [places[tree.parents[node]] * width for node in nodes]
+                    span.tokens = [
+                        first + tree.tokens[node] for first, node in zip(above, nodes, strict=True)
+                    ]
+                level.spans.append(span)
+                level.temperatures.append(temperature)
+                level.width = max(level.width, *(len(tree.slots_of[node]) for node in nodes))
+                places.update(zip(nodes, range(count, count + len(nodes)), strict=True))
+                count += len(nodes)
+            levels.append(level)
+        return levels, rows
 
     def missing(self, draft: Draft) -> int:
         """Count the committed tokens that are not computed here."""

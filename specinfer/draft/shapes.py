@@ -1,7 +1,8 @@
 """Shapes known before anything is drafted: <k1, k2, …>, i.i.d. paths, and Sequoia's trees.
 
-Each drafter draws its full shape level by level, one batched pass per level for all requests; the
-trees of several drafters are merged after the fact (SpecInfer §3).
+Each drafter draws its full shape level by level, one batched pass per level for all requests, or
+picks it in one call where it can; the trees of several drafters are merged after the fact
+(SpecInfer §3).
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,15 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from specinfer.draft.base import Draft, Drafter, DrafterFailedError, Pick
+from specinfer.draft.base import (
+    Draft,
+    Drafter,
+    DrafterFailedError,
+    LevelDrafter,
+    Pick,
+    Plan,
+    Planned,
+)
 from specinfer.draft.growth import (
     Drawable,
     Grown,
@@ -20,7 +29,7 @@ from specinfer.draft.growth import (
     as_picks,
     guess,
 )
-from specinfer.sampling import add_iid, add_picks, add_without_replacement
+from specinfer.sampling import RowFilters, add_iid, add_picks, add_without_replacement
 from specinfer.tree import TokenTree, union
 
 
@@ -125,12 +134,13 @@ class ShapeBuilder:
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
+        self._plans: dict[int, Plan] = {}  # by depth
 
     def grow(self, growths: Sequence[Growth], drafters: Sequence[Drafter]) -> list[Grown]:
         """See `Builder.grow`: the shape's first levels that fit max_depth and max_nodes.
 
         law   slots of one drafter as it drew them; see `union` for several
-        cost  one pass per drafter and level
+        cost  one pass per drafter and level; on a GPU one graph per drafter where all is picked
         """
         depths = [self._depth(growth) for growth in growths]
         parts: list[dict[int, _Part]] = [{} for _ in growths]
@@ -141,7 +151,11 @@ class ShapeBuilder:
                     draft = growth.draft(TokenTree(growth.tokens[-1]))
                     parts[index][source] = _Part(growth, draft, depth, {0: 0}, [0])
                     own.append(parts[index][source])
-            self._draw(drafter, own, source)
+            try:
+                if own and not self._fill(drafter, own, source):
+                    self._draw(drafter, own, source)
+            except DrafterFailedError:
+                pass
         return [_finish(growth, each) for growth, each in zip(growths, parts, strict=True)]
 
     def _depth(self, growth: Growth) -> int:
@@ -151,13 +165,48 @@ class ShapeBuilder:
             depth -= 1
         return depth
 
+    def _fill(self, drafter: Drafter, parts: Sequence[_Part], source: int) -> bool:
+        """Pick whole trees in one call; whether that was possible, for all of them together.
+
+        law  what level by level is picked too
+        """
+        if not isinstance(drafter, LevelDrafter) or not drafter.has_levels:
+            return False
+        asked = []
+        for part in parts:
+            temperature = _only_temperature(part.growth)
+            if temperature is None:
+                return False
+            asked.append(Planned(part.draft, self._plan(part.depth), temperature))
+        found = drafter.draft_levels(asked)
+        if found is None:
+            return False
+        for (draft, plan, _), tokens in zip(asked, found, strict=True):
+            nodes = [0]  # the plan's, as the tree numbers them
+            for parent, token in zip(plan.tree.parents[1:], tokens, strict=True):
+                new = -1
+                if token >= 0:
+                    (new,) = add_picks(draft.tree, nodes[parent], [token], source=source)
+                nodes.append(new)
+        return True
+
+    def _plan(self, depth: int) -> Plan:
+        """The shape's first levels, its nodes in the order in which `_draw` makes them."""
+        if depth not in self._plans:
+            tree, places, node = TokenTree(0), [0], 0
+            while node < len(tree):
+                at, place = tree.depths[node], places[node]
+                for rank in range(self.shape.width(place, at) if at < depth else 0):
+                    tree.add(node, rank)
+                    places.append(self.shape.below(place, [rank]))
+                node += 1
+            self._plans[depth] = Plan.of(tree)
+        return self._plans[depth]
+
     def _draw(self, drafter: Drafter, parts: Sequence[_Part], source: int) -> None:
         depth = 0
         while asked := [part for part in parts if part.level and depth < part.depth]:
-            try:
-                said = guess(drafter, [(part.growth, part.draft, part.level) for part in asked])
-            except DrafterFailedError:
-                return
+            said = guess(drafter, [(part.growth, part.draft, part.level) for part in asked])
             slots = _Slots(said, max(self._widths(part, depth) for part in asked))
             for part in asked:
                 part.level = self._add_level(part, depth, slots, source)
@@ -210,6 +259,13 @@ class _Slots:
         if self._picks is None:
             self._picks = as_picks(*self._said.likeliest(self._width))
         return [token for token, probability in self._picks[row] if probability > 0]
+
+
+def _only_temperature(growth: Growth) -> float | None:
+    """By what logits are divided, where tokens are picked of them and nothing else is done."""
+    if growth.draw != "pick" or growth.noise is not None or growth.history is not None:
+        return None
+    return RowFilters.of([(growth.params, 1)]).one_temperature
 
 
 def _finish(growth: Growth, parts: dict[int, _Part]) -> Grown:

@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple
 
 from torch import Tensor
 
-from specinfer.draft.base import Draft, Drafter, DrafterFailedError, Pick
+from specinfer.draft.base import Draft, Drafter, DrafterFailedError, LevelDrafter, Pick, Planned
 from specinfer.draft.model import ModelDrafter
 from specinfer.ops.native import Growing
 from specinfer.request import RequestStats
@@ -140,6 +141,7 @@ class TimedDrafter:
         self.name = drafter.name
         self.max_positions = drafter.max_positions
         self.is_failed = False
+        self.has_levels = isinstance(drafter, LevelDrafter) and drafter.has_levels
         self._drafter = drafter
         self._stats = stats
 
@@ -175,6 +177,36 @@ class TimedDrafter:
             self._stats.seconds["draft"] += seconds
             self._stats.nested_s += seconds
         return passes is not None or self.is_failed
+
+    def draft_levels(self, asked: list[Planned]) -> list[list[int]] | None:
+        """See `LevelDrafter.draft_levels`; every level counts as a pass, all of the same time.
+
+        raises  DrafterFailedError where the drafter raises
+        """
+        if self.is_failed:
+            raise DrafterFailedError(self.name)
+        assert isinstance(self._drafter, LevelDrafter)
+        start, answer = time.perf_counter(), None
+        with self.guarded(), self._stats.timed("draft"):
+            answer = self._drafter.draft_levels(asked)
+        if self.is_failed:
+            raise DrafterFailedError(self.name)
+        if answer is not None:
+            self._count_levels([each.plan.levels for each in asked], time.perf_counter() - start)
+        return answer
+
+    def _count_levels(self, levels: list[list[list[int]]], seconds: float) -> None:
+        """One pass per level; only the first has more tokens than nodes."""
+        sizes = [
+            [len(nodes) for nodes in level if nodes] for level in zip_longest(*levels, fillvalue=[])
+        ]
+        num_nodes = sum(sum(level) for level in sizes)
+        missed = getattr(self._drafter, "num_fed", num_nodes) - num_nodes
+        for level in sizes:
+            count = sum(level)
+            own = Pass(self._source, count, len(level), count + missed, seconds / len(sizes))
+            self._stats.passes.append(own)
+            missed = 0
 
     def admit(self, accepted: list[tuple[Draft, list[int]]]) -> None:
         """See `Drafter.admit`."""

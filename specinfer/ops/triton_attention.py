@@ -37,7 +37,9 @@ SPLIT_KEYS = 256
 split alike whoever shares its batch. Not measured."""
 
 _TILES = (16, 32, 64, LARGEST_TILE)
-_HEADER = 4
+HEADER = 4
+"""Numbers in front of a layout's others, which say where those stand."""
+
 _ITEM = 16
 
 
@@ -91,11 +93,15 @@ class Layout:
     num_partials: int
 
 
-def lay_out(segments: Sequence[Segment], num_groups: int, num_tokens: int) -> Layout:
+def lay_out(
+    segments: Sequence[Segment], num_groups: int, num_tokens: int, rest: int = HEADER
+) -> Layout:
     """Deal a step out into work items.
 
     num_groups  query heads per KV head
     num_tokens  of the batch: those behind the segments' are padding and get no result
+    rest        how far behind the header's place what follows it will stand on the device: farther
+                than in `meta` where several layouts' headers are to stay where they are
     cost        numpy per segment on the host; 4 bytes per key of requests that are not one run
     """
     rows = max((segment.num_queries for segment in segments), default=1) * num_groups
@@ -114,7 +120,7 @@ def lay_out(segments: Sequence[Segment], num_groups: int, num_tokens: int) -> La
     )
     positions = np.zeros(num_tokens, np.int32)
     positions[:token] = [p for segment in segments for p in segment.query_positions]
-    at_positions = _HEADER + len(items) * _ITEM
+    at_positions = rest + len(items) * _ITEM
     at_splits = at_positions + num_tokens
     at_regions = at_splits + splits.size
     at_tables = at_regions + len(regions)
@@ -124,7 +130,7 @@ def lay_out(segments: Sequence[Segment], num_groups: int, num_tokens: int) -> La
     for name in ("table", "words"):
         column = dealt[:, _FIELD[name]]
         column[column >= 0] += at_tables
-    header = np.array([len(items), _HEADER, at_positions, at_splits], np.int32)
+    header = np.array([len(items), rest, at_positions, at_splits], np.int32)
     own = [header, dealt.ravel(), positions, splits.ravel(), np.array(regions, np.int32)]
     meta = np.concatenate([*own, *tables.parts])
     return Layout(meta, tile, len(items), num_tokens, num_partials)

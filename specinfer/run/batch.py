@@ -38,6 +38,21 @@ class Span:
 
 
 @dataclass(slots=True)
+class Level:
+    """Nodes of many requests' trees at one depth, and how many tokens to pick after each.
+
+    spans         as many logits as nodes; below the first level a token is the place of a pick of
+                  the level above: its row there times that level's width, plus its rank
+    width         picks per row
+    temperatures  one per span, the logits' divisor
+    """
+
+    spans: list[Span]
+    width: int
+    temperatures: list[float]
+
+
+@dataclass(slots=True)
 class Flat:
     """Spans one after the other, on the host.
 

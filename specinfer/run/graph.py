@@ -10,6 +10,14 @@ was captured:
 Steps of up to `LADDER[-1]` tokens are padded to the next size of the ladder, and captured when a
 size is first met. Padding attends to nothing, writes to a slot of its own and is cut off. Larger
 steps run kernel by kernel: the GPU is busy long enough for the host to keep ahead.
+
+Trees of a form that is known beforehand take one graph for all their levels. What has a fixed size
+stands in front, where a graph finds it; of a level's layout only the header:
+
+    ┌─────────────────────────┬─────────────────────────┬───┬──────────────────┬───┐
+    │ level 0: the same, and  │ level 1: picks' places  │ … │ the layouts'     │ … │
+    │ temperatures, a header  │ instead of tokens       │   │ rests, 0, 1, …   │   │
+    └─────────────────────────┴─────────────────────────┴───┴──────────────────┴───┘
 """
 
 from collections.abc import Callable
@@ -23,11 +31,13 @@ from torch import Tensor
 
 from specinfer.cache.pool import KVPool
 from specinfer.models.decoder import Decoder
-from specinfer.ops.triton_attention import Layout, TritonPlan, partial_sums
+from specinfer.ops.transfer import to_host
+from specinfer.ops.triton_attention import HEADER, Layout, TritonPlan, partial_sums
 from specinfer.ops.triton_attention import lay_out as lay_out_attention
 from specinfer.ops.triton_layers import Places
-from specinfer.run.batch import Flat, Span, lay_out, slots_of
+from specinfer.run.batch import Flat, Level, Span, lay_out, slots_of
 from specinfer.run.fused import FusedOps
+from specinfer.sampling import RowFilters, target_laws
 
 LADDER = (0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of tokens, and of logits' rows, that steps are padded to."""
@@ -54,6 +64,20 @@ class Shape(NamedTuple):
     tile: int
 
 
+class LevelPlace(NamedTuple):
+    """A level in an array of several: its form, and where it stands.
+
+    start   of its tokens
+    header  of its attention's layout
+    """
+
+    shape: Shape
+    width: int
+    start: int
+    header: int
+    layout: Layout
+
+
 def padded(count: int) -> int | None:
     """The size of the ladder that holds so many; None: there is none."""
     return next((size for size in LADDER if size >= count), None)
@@ -66,17 +90,63 @@ def pack(
 
     scratch  the slot that padding writes to
     """
-    start = -(-(3 * shape.num_tokens + shape.num_rows) // 4) * 4
+    start = _aligned(3 * shape.num_tokens + shape.num_rows)
     numbers = np.zeros(start + len(layout.meta), np.int32)
-    front = numbers[: 3 * shape.num_tokens].reshape(3, shape.num_tokens)
+    _write(numbers, flat, shape.num_tokens, scratch)
+    numbers[start:] = layout.meta
+    return numbers, start
+
+
+def _aligned(count: int) -> int:
+    return -(-count // 4) * 4
+
+
+def _write(numbers: npt.NDArray[np.int32], flat: Flat, num_tokens: int, scratch: int) -> None:
+    """Tokens, positions, slots and rows, padded, into zeros."""
+    front = numbers[: 3 * num_tokens].reshape(3, num_tokens)
     count = len(flat.tokens)
     front[0, :count] = flat.tokens
     front[1, :count] = flat.positions
     front[2, :count] = slots_of(flat.writes)
     front[2, count:] = scratch
-    numbers[3 * shape.num_tokens :][: len(flat.rows)] = flat.rows
-    numbers[start:] = layout.meta
-    return numbers, start
+    numbers[3 * num_tokens :][: len(flat.rows)] = flat.rows
+
+
+def pack_levels(
+    levels: ListLike[Level], num_groups: int, scratch: int
+) -> tuple[npt.NDArray[np.int32], list[LevelPlace]] | None:
+    """The numbers of several levels in one array; None: one is more than the ladder holds.
+
+    Where each level and its header stand depends on the levels' padded sizes alone.
+    """
+    flats = [lay_out(level.spans) for level in levels]
+    sizes, starts, headers, stop = list[tuple[int, int]](), list[int](), list[int](), 0
+    for flat in flats:
+        num_tokens, num_rows = padded(len(flat.tokens)), padded(len(flat.rows))
+        if num_tokens is None or num_rows is None:
+            return None
+        sizes.append((num_tokens, num_rows))
+        starts.append(stop)
+        headers.append(stop + _aligned(3 * num_tokens + 2 * num_rows))
+        stop = headers[-1] + HEADER
+    places, rests = [], []
+    for level, flat, size, start, header in zip(levels, flats, sizes, starts, headers, strict=True):
+        layout = lay_out_attention(flat.segments, num_groups, size[0], stop - header)
+        places.append(LevelPlace(Shape(*size, layout.tile), level.width, start, header, layout))
+        rests.append(layout.meta[HEADER:])
+        stop += len(rests[-1])
+    numbers = np.zeros(stop, np.int32)
+    numbers[headers[-1] + HEADER :] = np.concatenate(rests)
+    for level, flat, place in zip(levels, flats, places, strict=True):
+        front = numbers[place.start : place.header]
+        _write(front, flat, place.shape.num_tokens, scratch)
+        counts = [span.num_logits for span in level.spans]
+        temperatures = np.ones(place.shape.num_rows, np.float32)
+        temperatures[: len(flat.rows)] = np.repeat(level.temperatures, counts)
+        at = 3 * place.shape.num_tokens + place.shape.num_rows
+        front[at : at + len(temperatures)] = temperatures.view(np.int32)
+        numbers[place.header : place.header + HEADER] = place.layout.meta[:HEADER]
+    return numbers, places
 
 
 class DeviceSteps:
@@ -115,6 +185,7 @@ class DeviceSteps:
         tables = decoder.rotary.table(min(scratch, a.max_position_embeddings))
         self._cos, self._sin = (table.to(decoder.device) for table in tables)
         self._graphs: dict[Shape, Replay] = {}
+        self._level_graphs: dict[object, tuple[Replay, Tensor]] = {}
 
     def run(self, spans: ListLike[Span]) -> Tensor:
         """Compute spans as `Runner.run` does; the result is the caller's own."""
@@ -137,6 +208,76 @@ class DeviceSteps:
             self._graphs[shape] = replay
         replay()
         return self._logits[: len(flat.rows)].clone()  # the next replay writes there
+
+    def run_levels(self, levels: ListLike[Level], vocab_size: int) -> list[list[list[int]]] | None:
+        """Compute trees' levels one after the other, each level's tokens picked by the one above.
+
+        vocab_size  tokens that may be picked: those below
+        returns     per level [rows, width]: the likeliest tokens after each row, in order, -1 where
+                    their probability is 0; None: no graph holds so much, and nothing was done
+        cost        one copy in, one replay and one copy out
+        """
+        last = max(max(span.positions) for level in levels for span in level.spans)
+        assert last < len(self._cos)
+        packed = pack_levels(levels, self._num_groups, self._scratch)
+        if packed is None or len(packed[0]) > len(self._numbers):
+            return None
+        numbers, places = packed
+        if max(place.layout.num_partials for place in places) > _PARTIAL_ROWS:
+            return None
+        self._numbers[: len(numbers)].copy_(torch.from_numpy(numbers), non_blocking=True)
+        key = vocab_size, *[(place.shape, place.width) for place in places]
+        if key not in self._level_graphs:
+            self._level_graphs[key] = self._capture_levels(places, vocab_size)
+        replay, found = self._level_graphs[key]
+        replay()
+        (picks,) = to_host(found)
+        answers, start = [], 0
+        for level, place in zip(levels, places, strict=True):
+            stop = start + place.shape.num_rows * place.width
+            num_rows = sum([span.num_logits for span in level.spans])
+            answers.append(picks[start:stop].reshape(-1, place.width)[:num_rows].tolist())
+            start = stop
+        return answers
+
+    def _capture_levels(
+        self, places: ListLike[LevelPlace], vocab_size: int
+    ) -> tuple[Replay, Tensor]:
+        """A graph of levels, and where it leaves all their picks, one level behind the other."""
+        sizes = [place.shape.num_rows * place.width for place in places]
+        found = torch.empty(sum(sizes), dtype=torch.int32, device=self._decoder.device)
+        plans = [
+            self._plan(
+                place.layout, self._numbers[place.header :], self._num_programs, self._partials
+            )
+            for place in places
+        ]
+
+        def step() -> None:
+            above: Tensor | None = None
+            for place, plan, own in zip(places, plans, found.split(sizes), strict=True):
+                own.copy_(self._pick(place, plan, above, vocab_size).flatten())
+                above = own
+
+        return self._capture(step), found
+
+    def _pick(
+        self, place: LevelPlace, plan: TritonPlan, above: Tensor | None, vocab_size: int
+    ) -> Tensor:
+        """[rows, width] int64: a level's picks, by those of the level above."""
+        numbers, shape = self._numbers[place.start : place.header], place.shape
+        tokens = None
+        if above is not None:  # what stands under a token that cannot come is dropped afterwards
+            tokens = above.index_select(0, numbers[: shape.num_tokens]).clamp(min=0)
+        scores = self._compute(shape, numbers, plan, tokens)[:, :vocab_size]
+        at = 3 * shape.num_tokens + shape.num_rows
+        filters = RowFilters(
+            num_rows=shape.num_rows,
+            temperature=numbers[at : at + shape.num_rows].view(torch.float32)[:, None],
+            temperatures=(0.0,),  # any may come: the cold are treated as such where they are
+        )
+        top = target_laws(scores, filters).topk(place.width, -1)
+        return torch.where(top.values > 0, top.indices, -1)
 
     def _run_eagerly(self, flat: Flat) -> Tensor:
         layout = lay_out_attention(flat.segments, self._num_groups, len(flat.tokens))
@@ -161,8 +302,13 @@ class DeviceSteps:
             partials=partials,
         )
 
-    def _compute(self, shape: Shape, numbers: Tensor, plan: TritonPlan) -> Tensor:
-        """[shape.num_rows, vocab], from nothing but what stands in `numbers`."""
+    def _compute(
+        self, shape: Shape, numbers: Tensor, plan: TritonPlan, picked: Tensor | None = None
+    ) -> Tensor:
+        """[shape.num_rows, vocab], from nothing but what stands in `numbers`.
+
+        picked  the tokens, where they stand elsewhere
+        """
         sizes = (*(shape.num_tokens,) * 3, shape.num_rows)
         tokens, positions, slots, rows = numbers[: sum(sizes)].split(sizes)
         ops = FusedOps(
@@ -172,6 +318,7 @@ class DeviceSteps:
             places=Places(positions, slots, self._cos, self._sin),
             rows=rows,
         )
+        tokens = tokens if picked is None else picked
         return self._decoder.scores(self._decoder.run_layers(tokens, ops))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from specinfer.cache.pool import KVPool
 from specinfer.models.decoder import Decoder
 from specinfer.ops.attention import AttentionPlan
-from specinfer.run.batch import Span, flatten
+from specinfer.run.batch import Level, Span, flatten
 from specinfer.run.graph import device_steps
 from specinfer.run.native import native_steps
 
@@ -43,6 +43,18 @@ class Runner:
         if self.native is not None:
             return self.native.run(spans)
         return self._run(spans)
+
+    @property
+    def runs_levels(self) -> bool:
+        """Whether levels of trees may be computed at once."""
+        return self._device_steps is not None
+
+    @torch.inference_mode()
+    def run_levels(self, levels: Sequence[Level], vocab_size: int) -> list[list[list[int]]] | None:
+        """See `DeviceSteps.run_levels`; None on a processor too."""
+        if self._device_steps is None:
+            return None
+        return self._device_steps.run_levels(levels, vocab_size)
 
     @torch.inference_mode()  # entering it takes longer than all that `NativeSteps` does in Python
     def _run(self, spans: Sequence[Span]) -> Tensor:
