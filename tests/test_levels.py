@@ -151,7 +151,7 @@ def test_trees_are_those_grown_level_by_level(name: str, changes: dict[str, Any]
             )
         for text, each, path in zip(texts, grown[0], paths, strict=True):
             text += [*(each.tree.tokens[node] for node in path), 12]
-    assert pair.captures[0].replays == 2
+    assert pair.captures[0].replays == 2 + 1  # before the first, all but the prompts' newest tokens
     assert pair.captures[1].replays == 2 * shape.depth
 
 
@@ -173,11 +173,21 @@ def test_a_tree_is_one_replay_and_one_copy(monkeypatch: pytest.MonkeyPatch) -> N
     drafter = ModelDrafter("toy", runner, vocab_size=VOCAB, max_tokens=100)
     builder = ShapeBuilder(SHAPES["1,1,1"])
     for number, num_requests in enumerate((3, 3, 4), 1):
-        asked = [growth(n, [n, number] + [7] * (n == 3)) for n in range(num_requests)]
+        asked = [growth(n, [n, number]) for n in range(num_requests)]
         builder.grow(asked, [drafter])
         assert (captures.replays, copies) == (number, [1] * number)
-    # 6 tokens of three new texts and 3 + 3 of four are one size, and so are three roots and four.
+    # 6 tokens of three new texts and 3 + 2 of four are one size, and so are three roots and four.
     assert captures.count == 2
+
+
+def test_prompts_need_no_graphs_of_their_own() -> None:
+    pair = Pair(toy_decoder(3, num_hidden_layers=1))
+    for key, length in enumerate((5, 9, 14)):
+        pair.grow(SHAPES["one level"], lambda k=key, n=length: [growth(k, list(range(n)))])  # type: ignore[misc]
+        assert pair.drafters[0].num_fed == length
+    steps = pair.runners[0]._device_steps
+    assert steps is not None
+    assert len(steps._level_graphs) == 1
 
 
 def test_what_cannot_come_is_left_out_with_all_below() -> None:
@@ -224,13 +234,13 @@ def test_what_fits_no_graph_grows_level_by_level(
     monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     if limit != "max_tokens":
-        small = {"LADDER": (0, 1, 2, 4), "_PARTIAL_ROWS": 2, "_SPARE_NUMBERS": 0}[limit]
+        small = {"LADDER": (0, 1), "_PARTIAL_ROWS": 2, "_SPARE_NUMBERS": 0}[limit]
         monkeypatch.setattr(graph, limit, small)
         monkeypatch.setattr("specinfer.ops.triton_attention.SPLIT_KEYS", 4)
     pair = Pair(toy_decoder(3, num_hidden_layers=1))
     if limit == "max_tokens":
         for drafter in pair.drafters:
-            drafter._max_tokens = 5
+            drafter._max_tokens = 1
     pair.grow(SHAPES["2,1,1"], lambda: [growth(0, [1, 2, 3, 4, 5, 6])])
     steps = pair.runners[0]._device_steps
     assert steps is not None
@@ -286,7 +296,7 @@ def test_greedy_texts_are_plain_decodings(tree: str) -> None:
             assert captures.replays == 0
         else:
             assert engine.stats.sums.num_accepted > 0
-            assert captures.replays <= engine.stats.num_steps
+            assert captures.replays <= engine.stats.num_steps + 1  # a prompt of three tokens
     assert texts[0] == texts[1]
 
 

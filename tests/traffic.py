@@ -85,6 +85,7 @@ class PathPool:
         self.owners: dict[int, list[int]] = {}  # id of pages -> tokens
         self.vocab_size = vocab_size
         self.pool = self
+        self.runs_levels = False
         self.decoder = SimpleNamespace(
             architecture=SimpleNamespace(max_position_embeddings=1 << 30)
         )

@@ -13,6 +13,9 @@ from specinfer.ops.native import Growing
 from specinfer.run.batch import Level, Span
 from specinfer.run.runner import Runner
 
+_NEWEST = 2
+"""What a text lacks here after a step at most: an accepted leaf, and the root."""
+
 _UNKNOWN = -1e30
 """The logit of a token of the target's that has no row here: its probability is 0 beside others."""
 
@@ -83,6 +86,7 @@ class ModelDrafter:
 
     def draft_levels(self, asked: list[Planned]) -> list[list[int]] | None:
         """See `LevelDrafter.draft_levels`."""
+        num_before = self._feed_older([draft for draft, _, _ in asked])
         planned = [_State(each.draft.pages, len(each.draft.tokens)) for each in asked]
         levels, rows = self._levels(asked, planned)
         num_tokens = [sum(len(span.tokens) for span in level.spans) for level in levels]
@@ -93,7 +97,7 @@ class ModelDrafter:
         picks = self._runner.run_levels(levels, vocab_size)
         if picks is None:
             return None
-        self.num_fed = sum(num_tokens)
+        self.num_fed = num_before + sum(num_tokens)
         answers = []
         for (draft, plan, _), own, places in zip(asked, planned, rows, strict=True):
             tokens, nodes, tree = list[int](), {0: 0}, plan.tree
@@ -110,6 +114,26 @@ class ModelDrafter:
             state.keys = {nodes[n]: key for n, key in own.keys.items() if n in nodes}
             state.ancestors = {nodes[n]: seen for n, seen in own.ancestors.items() if n in nodes}
         return answers
+
+    def _feed_older(self, drafts: list[Draft]) -> int:
+        """Compute what each text lacks but its newest tokens; returns how many those were.
+
+        So trees begin with chains of the same few sizes, whatever the prompts: each size is a graph
+        of all levels.
+        """
+        older = []
+        for draft in drafts:
+            state = self._state(draft)
+            count = len(draft.tokens) - state.num_computed - _NEWEST
+            if count > 0:
+                older.append((state, _split(self._catch_up(draft, state), count)[0]))
+        if older:
+            self._run([span for _, span in older])
+        num_tokens = 0
+        for state, span in older:
+            state.num_computed += len(span.tokens)
+            num_tokens += len(span.tokens)
+        return num_tokens
 
     def _levels(
         self, asked: list[Planned], planned: list[_State]
