@@ -183,7 +183,7 @@ def test_a_tree_is_one_replay_and_one_copy(monkeypatch: pytest.MonkeyPatch) -> N
 def test_prompts_need_no_graphs_of_their_own() -> None:
     pair = Pair(toy_decoder(3, num_hidden_layers=1))
     for key, length in enumerate((5, 9, 14)):
-        pair.grow(SHAPES["one level"], lambda k=key, n=length: [growth(k, list(range(n)))])  # type: ignore[misc]
+        pair.grow(SHAPES["one level"], lambda k=key, n=length: [growth(k, list(range(n)))])
         assert pair.drafters[0].num_fed == length
     steps = pair.runners[0]._device_steps
     assert steps is not None
