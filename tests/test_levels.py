@@ -118,9 +118,10 @@ def states_of(drafter: ModelDrafter) -> dict[int, tuple[Any, ...]]:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        *[(name, {}) for name in ("1,1,1", "2,1,1", "paths", "one level")],
+        *[(name, {}) for name in ("2,1,1", "one level")],
         ("ragged", WINDOWED),
-        ("3,2", GROUPED),
+        *[pytest.param(name, {}, marks=pytest.mark.slow) for name in ("1,1,1", "paths")],
+        pytest.param("3,2", GROUPED, marks=pytest.mark.slow),
     ],
 )
 def test_trees_are_those_grown_level_by_level(name: str, changes: dict[str, Any]) -> None:
@@ -273,7 +274,7 @@ def test_a_failure_ends_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
         drafter.draft_levels(list[Planned]())
 
 
-@pytest.mark.parametrize("tree", ["1,1,1", "2,1"])
+@pytest.mark.parametrize("tree", [pytest.param("1,1,1", marks=pytest.mark.slow), "2,1"])
 def test_greedy_texts_are_plain_decodings(tree: str) -> None:
     prompts, params = ([1, 2, 3], [4, 5], [6]), SamplingParams(temperature=0, max_tokens=10)
     texts = []

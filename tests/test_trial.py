@@ -77,9 +77,20 @@ def test_a_machine_that_changes_is_noticed() -> None:
 def test_the_first_step_after_a_change_does_not_count() -> None:
     """Drafters catch up in it, and caches are full of what others used."""
     trial = Trial()
-    for drafted in (True, True, *[False] * 4, True):
+    for drafted in (True, True, *[False] * 4):
         trial.add(1, 100.0, drafted=drafted, expected=1.0)
     assert len(trial.drafted) == len(trial.plain) == 1
+    trial.rest = 1
+    for drafted in (False, True):
+        trial.add(1, 100.0, drafted=drafted, expected=1.0)
+    assert len(trial.drafted) == 1
+
+
+def test_what_changing_costs_is_counted_where_nobody_asked_for_it() -> None:
+    trial = Trial()
+    for drafted in (True, True, False, True, False, True):
+        trial.add(1, 100.0, drafted=drafted, expected=1.0)
+    assert len(trial.drafted) == 3
 
 
 def test_trees_that_win_beyond_doubt_are_not_compared() -> None:

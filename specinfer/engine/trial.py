@@ -21,7 +21,9 @@ _COLD = 3
 """Plain steps that do not count after others: the processor's caches are still full of drafting."""
 
 _CLEAR = 2.0
-"""Standard errors between what is chance and what is not."""
+_DOUBT = 1.0
+"""Standard errors by which trees are ahead beyond chance, and by which they are behind so far that
+nothing is drafted for a while: who rests wrongly misses little, as they cannot be far ahead."""
 
 _SURE = 1.3
 """Times what plain steps bring by the model of times: beyond it nothing needs to be compared."""
@@ -55,16 +57,18 @@ class Trial:
     _num_drafted: int = 0  # in a row
     _since_plain: int = _OFTEN - _ENOUGH
     _enough: int = _ENOUGH
+    _was_told: bool = True  # the last plain step
 
     def add(self, tokens: int, seconds: float, *, drafted: bool, expected: float) -> None:
         """Count a step, and decide whether the next ones go without a tree.
 
         expected  tokens per second of a plain step, by the model of times
         """
-        self.rest = max(0, self.rest - 1)
+        was_told, self.rest = self.rest > 0, max(0, self.rest - 1)
         if drafted:
             self._add_drafted(tokens, seconds, expected)
             return
+        self._was_told = was_told
         self._num_plain += 1
         self._num_drafted = 0
         if self._num_plain > _COLD:
@@ -77,7 +81,8 @@ class Trial:
         self._num_plain = 0
         self._num_drafted += 1
         self._since_plain += 1
-        if self._num_drafted > 1:  # the first one catches up with what was not drafted
+        # The first one catches up with what was not drafted. Who was told to rest is not to blame.
+        if self._num_drafted > 1 or not self._was_told:
             self.drafted.append((tokens, seconds))
         enough = len(self.drafted) >= self._enough and self._since_plain >= _OFTEN
         if enough and self._since_plain % _BLOCK == 0 and self._is_due(expected):
@@ -94,7 +99,7 @@ class Trial:
         """With plain steps just taken: rest, the longer the oftener trees have lost."""
         if len(self.drafted) < self._enough:
             return
-        if self.advantage < -_CLEAR:
+        if self.advantage < -_DOUBT:
             self.rest, self._next_rest = self._next_rest, min(_LONGEST_REST, 4 * self._next_rest)
             self.drafted.clear()
             self._enough = _AGAIN
