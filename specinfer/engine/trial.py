@@ -21,7 +21,7 @@ _COLD = 3
 """Plain steps that do not count after others: the processor's caches are still full of drafting."""
 
 _CLEAR = 2.0
-_DOUBT = 1.0
+_DOUBT = 1.5
 """Standard errors by which trees are ahead beyond chance, and by which they are behind so far that
 nothing is drafted for a while: who rests wrongly misses little, as they cannot be far ahead."""
 
