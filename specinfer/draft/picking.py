@@ -57,9 +57,7 @@ class Picking:
         frontier = []
         for offer in self._pool.frontier(num_rounds, None if self._prices is None else price):
             index = self._own[offer.request]
-            tree = self.drafts[index].tree
-            if offer.node == len(tree):
-                tree.add(offer.above, offer.token)
+            self._add_node(offer)
             self._offered[index, offer.node] = offer
             worth = offer.value * self._growths[index].urgency
             frontier.append(Candidate(index, offer.node, worth))
@@ -118,9 +116,7 @@ class Picking:
         if not rounds.grow_on(source, drafts, growing, most):
             return False
         for offer in self._pool.offered():
-            tree = self.drafts[self._own[offer.request]].tree
-            if offer.node == len(tree):
-                tree.add(offer.above, offer.token)
+            self._add_node(offer)
         return True
 
     def finish(self, num_others: int) -> dict[int, Grown]:
@@ -146,6 +142,12 @@ class Picking:
             if guess.node > 0:
                 maps[guess.request][guess.node] = node
         return grown
+
+    def _add_node(self, offer: Offer) -> None:
+        """Put a guess into its request's draft, unless an earlier offer has."""
+        tree = self.drafts[self._own[offer.request]].tree
+        if offer.node == len(tree):
+            tree.add(offer.above, offer.token)
 
     def _width(self, growths: Sequence[Growth]) -> int:
         """Guesses to look at after a node."""
