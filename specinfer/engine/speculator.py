@@ -168,11 +168,14 @@ class Speculator:
         """
         if self.controller is None:
             return
-        learning_s = time.perf_counter()
+        now_s, now = time.perf_counter(), self._stats.seconds
         passes = self._stats.passes
-        target_s = self._stats.seconds["target"] - before["target"]
+        target_s = now["target"] - before["target"]
+        # Prompts that drafters were fed are no passes, and no work of the host's
+        passes_s = sum([each.seconds for each in passes])
+        drafting_s = max(passes_s, now["draft"] - before["draft"])
         # All that is neither model's: what stands between the parts too, and this, as of last time
-        host_s = learning_s - start_s - target_s - sum([each.seconds for each in passes])
+        host_s = now_s - start_s - target_s - drafting_s
         num_roots = sum([work.job.num_tokens for work in works])
         num_nodes = sum([work.tree.num_drafted for work in works])
         load = StepLoad(
@@ -189,7 +192,7 @@ class Speculator:
             rate = self.controller.goodput(load.num_tokens - load.num_nodes, load.num_spans)
             self._learn_choices(works, verdicts, rate)
         self.controller.observe(load, decoding_only=is_decoding)
-        self._learning_s = time.perf_counter() - learning_s
+        self._learning_s = time.perf_counter() - now_s
 
     def _learn_choices(
         self, works: ListLike[Work], verdicts: ListLike[Verdict], rate: float
