@@ -134,6 +134,11 @@ template <> struct Nibbles<bfloat16> : Bfloats {
 };
 #endif
 
+// Has a step come to the second-level cache.
+INLINE void fetch_step(const char *step) {
+    UNROLL for (size_t i = 0; i < STEP; i += 64) __builtin_prefetch(step + i, 0, 2);
+}
+
 // Calls f with a constant between 1 and MOST that is `count`, or with MOST where that is more.
 template <int MOST, int R = 1, class F> INLINE void with_count(size_t count, const F &f) {
     if constexpr (R < MOST) {
@@ -142,16 +147,19 @@ template <int MOST, int R = 1, class F> INLINE void with_count(size_t count, con
     f(std::integral_constant<int, R>());
 }
 
-// R rows' sums go on over steps begin ... end - 1 of P panels, which stand `apart` bytes.
-template <class T, int R, int P>
+// R rows' sums go on over steps begin ... end - 1 of P panels, which stand `apart` bytes. If it
+// fetches, as many steps from `ahead` on come from memory meanwhile.
+template <class T, int R, int P, bool FETCHES = false>
 INLINE void go_on(typename T::Sum (&sum)[R][P * VECTORS], const int32_t *x, size_t stride,
-                  const char *panels, size_t apart, size_t begin, size_t end) {
+                  const char *panels, size_t apart, size_t begin, size_t end,
+                  const char *ahead = nullptr) {
     constexpr int COLUMNS = P * VECTORS;
     auto at = [&](size_t k, int c) {
         return load_line(panels + c / VECTORS * apart + k * STEP + c % VECTORS * LINE);
     };
     for (size_t k = begin; k < end; k++) {
         const int32_t *word = x + k * T::WORDS;
+        if constexpr (FETCHES) fetch_step(ahead + (k - begin) * STEP);
         if constexpr (R > COLUMNS) { // a word of x at a time
             Words w[COLUMNS], part[COLUMNS];
             UNROLL for (int c = 0; c < COLUMNS; c++) w[c] = at(k, c);
@@ -178,6 +186,12 @@ INLINE void go_on(typename T::Sum (&sum)[R][P * VECTORS], const int32_t *x, size
     }
 }
 
+// Where a tile has much to compute, few of the lines that a processor fetches by itself are on their
+// way at a time: from 6 rows on we fetch, so far ahead. 12 rows of bfloat16 took 1.5 times as long
+// without, and a row or four would take longer with it.
+constexpr int FETCHING = 12; // vectors of sums
+constexpr size_t AHEAD = 8192;
+
 // R rows by P panels of so many steps -> sums [R][P][VECTORS].
 template <class T, int R, int P>
 void multiply_tile(const int32_t *x, size_t stride, const char *panels, size_t steps,
@@ -185,32 +199,36 @@ void multiply_tile(const int32_t *x, size_t stride, const char *panels, size_t s
     typename T::Sum sum[R][P * VECTORS];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int c = 0; c < P * VECTORS; c++) sum[r][c] = T::zero();
-    go_on<T, R, P>(sum, x, stride, panels, steps * STEP, 0, steps);
+    constexpr bool FETCHES = P == 1 && R * VECTORS >= FETCHING;
+    go_on<T, R, P, FETCHES>(sum, x, stride, panels, steps * STEP, 0, steps, panels + AHEAD);
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int c = 0; c < P * VECTORS; c++) to[r * P * VECTORS + c] = sum[r][c];
 }
 
-// Any number of rows by a panel, where a tile holds few: CHUNK steps of it at a time, which all
-// rows read from a first-level cache while the next come from memory -> sums [rows][VECTORS].
+// More rows than a tile's by a panel -> sums [rows][VECTORS]. All tiles read a chunk of it from a
+// cache while each fetches its share of the next: where tiles are of two rows, from the first-level
+// one, and from the second-level one where they are of eight (of twelve, whose rows are more streams
+// than a processor follows: 0.8 of the speed).
 template <class T>
 void multiply_rows(const int32_t *x, size_t stride, size_t rows, const char *panel, size_t steps,
                    typename T::Sum *to) {
-    constexpr size_t MOST = MAX_SUMS / VECTORS, CHUNK = 64;
-    const size_t tiles = (rows + MOST - 1) / MOST;
+    constexpr size_t MOST = LANES < 16 ? MAX_SUMS / VECTORS : 8, CHUNK = LANES < 16 ? 64 : 256;
+    const size_t tiles = (rows + MOST - 1) / MOST, chunks = (steps + CHUNK - 1) / CHUNK;
     for (size_t i = 0; i < rows * VECTORS; i++) to[i] = T::zero();
-    for (size_t begin = 0; begin < steps; begin += CHUNK) {
-        const size_t end = begin + CHUNK < steps ? begin + CHUNK : steps;
+    for (size_t c = 0; c < chunks; c++) {
+        const size_t begin = steps * c / chunks, end = steps * (c + 1) / chunks;
         for (size_t t = 0; t < tiles; t++) {
-            const char *next = panel + end * STEP;
-            const char *stop = next + CHUNK * STEP * (t + 1) / tiles;
-            for (const char *at = next + CHUNK * STEP * t / tiles; at < stop; at += 64)
-                __builtin_prefetch(at, 0, 1); // to a second-level cache
-            const size_t row = t * MOST;
-            with_count<MOST>(rows - row, [&](auto count) {
+            const size_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
+            const size_t from = (end - begin) * t / tiles, until = (end - begin) * (t + 1) / tiles;
+            const size_t middle = begin + until - from;
+            with_count<MOST>(count, [&](auto count) {
                 typename T::Sum sum[count()][VECTORS], *mine = to + row * VECTORS;
+                const int32_t *own = x + row * stride;
+                const char *ahead = panel + (end + from) * STEP;
                 UNROLL for (int r = 0; r < count(); r++)
                     UNROLL for (int c = 0; c < VECTORS; c++) sum[r][c] = mine[r * VECTORS + c];
-                go_on<T, count(), 1>(sum, x + row * stride, stride, panel, 0, begin, end);
+                go_on<T, count(), 1, true>(sum, own, stride, panel, 0, begin, middle, ahead);
+                go_on<T, count(), 1>(sum, own, stride, panel, 0, middle, end);
                 UNROLL for (int r = 0; r < count(); r++)
                     UNROLL for (int c = 0; c < VECTORS; c++) mine[r * VECTORS + c] = sum[r][c];
             });
@@ -241,7 +259,7 @@ void multiply_nibbles(const int32_t *x, size_t stride, const char *panels, const
 
 // --- all rows by a member's panels ----------------------------------------------------------------
 
-constexpr size_t MANY = 16; // rows by chunks
+constexpr size_t MANY = LANES < 16 ? 16 : 48; // rows by chunks
 
 // Calls tile.run<R, P>(row, panel) over rows and panels, P panels at a time. Few rows take one
 // panel, so that a member reads memory as one stream: 48 GB/s, with four streams 42.
@@ -257,7 +275,7 @@ template <class Tile> void run_tiles(Member member, const Tile &tile, size_t row
     size_t panel = member.begin(panels), end = member.end(panels);
     // More rows than a tile's pass several times over its panels, which stay in a cache meanwhile.
     size_t width = Tile::width(rows), most = Tile::SUMS / VECTORS;
-    bool by_chunks = Tile::CHUNKS && rows > most;
+    bool by_chunks = rows > most && rows <= Tile::CHUNKED;
     if (by_chunks) most = MANY;
     else if (rows > most) most /= width;
     size_t blocks = (rows + most - 1) / most;
@@ -265,7 +283,7 @@ template <class Tile> void run_tiles(Member member, const Tile &tile, size_t row
         while (panel + width > end) width /= 2;
         for (size_t b = 0; b < blocks; b++) {
             size_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
-            if constexpr (Tile::CHUNKS)
+            if constexpr (Tile::CHUNKED > 0)
                 if (by_chunks) {
                     tile.run_many(row, count, panel);
                     continue;
@@ -278,12 +296,12 @@ template <class Tile> void run_tiles(Member member, const Tile &tile, size_t row
     }
 }
 
-// A tile's in floats and bytes. Where registers are many, those of many rows are two panels wide,
-// which reads rows less often; where they are few, rows are taken by chunks of a panel.
+// A tile's in floats and bytes. More rows are taken by chunks of a panel; where registers are many,
+// very many rows, which wait for no memory, by tiles two panels wide, which reads rows less often.
 struct Tiling {
-    static constexpr bool CHUNKS = LANES < 16;
+    static constexpr size_t CHUNKED = LANES < 16 ? SIZE_MAX : MANY; // up to so many rows
     static constexpr int SUMS = MAX_SUMS;
-    static size_t width(size_t rows) { return !CHUNKS && rows > SUMS / VECTORS ? 2 : 1; }
+    static size_t width(size_t rows) { return rows > CHUNKED ? 2 : 1; }
 };
 
 template <class T, class E, class O> struct FloatTile : Tiling {
@@ -332,7 +350,7 @@ template <class E, class O> struct ByteTile : Tiling {
     }
 
     void scale(size_t row, int rows, size_t panel, int panels, const Words *sums) const {
-        Vector y[CHUNKS ? MANY * VECTORS : SUMS];
+        Vector y[MANY * VECTORS];
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < panels * VECTORS; c++) {
                 size_t column = panel * WIDTH + c * LANES, i = r * panels * VECTORS + c;
@@ -345,7 +363,7 @@ template <class E, class O> struct ByteTile : Tiling {
 };
 
 template <class E, class O> struct NibbleTile {
-    static constexpr bool CHUNKS = false;
+    static constexpr size_t CHUNKED = 0;
     static constexpr int SUMS = LANES == 16 ? 12 : MAX_SUMS; // and as many scaled ones
     static size_t width(size_t rows) {
         size_t panels = 4;

@@ -73,8 +73,11 @@ INLINE Vector dot_pairs(Vector sum, Words a, Words b) {
 #endif
 
 #ifdef HAS_BYTES
-// a signed, b not.
-INLINE Words dot_bytes(Words sum, Words a, Words b) { return _mm512_dpbusd_epi32(sum, b, a); }
+// a signed, b not. By its name, as GCC 12 copies the sums around the intrinsic: half as fast.
+INLINE Words dot_bytes(Words sum, Words a, Words b) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
+    return sum;
+}
 #endif
 
 // --- memory --------------------------------------------------------------------------------------
