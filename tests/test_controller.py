@@ -1,7 +1,6 @@
 """How much is speculated, on machines made of formulae: no clock, no model."""
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,14 +8,7 @@ import pytest
 
 from specinfer.draft.rounds import Prices
 from specinfer.engine import controller as module
-from specinfer.engine.controller import (
-    Arm,
-    Controller,
-    DrafterChoice,
-    StepLoad,
-    choices_of,
-    urgency,
-)
+from specinfer.engine.controller import Controller, StepLoad
 from specinfer.engine.stats import Pass
 from specinfer.engine.times import StepTimes
 
@@ -373,74 +365,6 @@ def test_batch_sizes_share_what_is_known_by_half_octaves() -> None:
     serve(machine, controller, 50)
     assert controller.goodput(1, 1) == before
     assert controller.goodput(4, 4) > 1.5 * machine.goodput(0)
-
-
-# --- which drafters -------------------------------------------------------------------------------
-
-ARMS = [(0, 2), (1, 2), (0, 1, 2)]
-
-
-def play(
-    choice: DrafterChoice, reward: Callable[[tuple[int, ...]], float], steps: int = 300
-) -> list[tuple[int, ...]]:
-    """What is chosen, where each choice brings its reward and noise."""
-    rng, chosen = random.Random(3), []
-    for _ in range(steps):
-        arm = choice.choose()
-        assert choice.choose() == arm, "it depends on the past alone"
-        choice.learn(arm, reward(arm) + rng.choice((-1.0, 0.0, 1.0)))
-        chosen.append(arm)
-    return chosen
-
-
-def test_arms_are_each_model_and_all_of_them() -> None:
-    assert choices_of([0, 1], [2]) == ARMS
-    assert choices_of([0], [2, 3]) == [(0, 2, 3)]
-    assert choices_of([], [2]) == [(2,)]
-
-
-@pytest.mark.parametrize(
-    "rewards", [(3.0, 1.0, 2.5), (1.0, 3.0, 2.5), (2.0, 2.0, 3.5)], ids=["first", "second", "both"]
-)
-def test_the_better_choice_is_learnt(rewards: tuple[float, ...]) -> None:
-    chosen = play(DrafterChoice.among(ARMS, {}), dict(zip(ARMS, rewards, strict=True)).__getitem__)
-    assert set(chosen[:3]) == set(ARMS), "everything is tried"
-    best = ARMS[int(np.argmax(rewards))]
-    assert chosen[-100:].count(best) >= 85
-
-
-def test_a_new_sequence_starts_from_what_others_saw() -> None:
-    known: dict[tuple[int, ...], Arm] = {}
-    rewards = dict(zip(ARMS, (1.0, 3.0, 2.0), strict=True))
-    play(DrafterChoice.among(ARMS, known), rewards.__getitem__)
-    fresh = DrafterChoice.among(ARMS, known)
-    assert fresh.choose() == (1, 2)
-    assert all(arm.count == 0 for arm in fresh.own)
-
-
-def test_a_sequence_may_differ_from_the_others() -> None:
-    known: dict[tuple[int, ...], Arm] = {}
-    play(DrafterChoice.among(ARMS, known), dict(zip(ARMS, (2, 3, 2), strict=True)).__getitem__)
-    rewards = dict(zip(ARMS, (4, 1, 2), strict=True))
-    odd = play(DrafterChoice.among(ARMS, known), rewards.__getitem__, 600)
-    assert odd[-100:].count((0, 2)) >= 80
-
-
-# --- latency goals --------------------------------------------------------------------------------
-
-
-def test_without_a_goal_all_tokens_are_worth_the_same() -> None:
-    assert urgency(None, 100.0, 1, 1.0) == 1.0
-
-
-def test_urgency_grows_with_lateness_between_bounds() -> None:
-    values = [urgency(0.1, elapsed, 10, 0.02) for elapsed in np.linspace(0, 10, 50)]
-    assert values == sorted(values)
-    assert values[0] == 0.25
-    assert values[-1] == 4.0
-    assert urgency(0.1, 0.1 * 11 - 0.02, 10, 0.02) == pytest.approx(1.0)
-    assert urgency(1e-300, 1.5, 10, 0.02) == 4.0
-    assert urgency(0.1, 1.5, 10, 0.02) > 1 > urgency(0.1, 0.8, 10, 0.02)
 
 
 # --- the clock ------------------------------------------------------------------------------------

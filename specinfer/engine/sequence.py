@@ -8,8 +8,8 @@ import numpy as np
 from specinfer.cache.blocks import Pages
 from specinfer.config import IID_VERIFIERS, Draw, Speculation, VerifierName
 from specinfer.draft.calibration import COLDEST_DRAW, Fortune, Regime, regime_of
+from specinfer.engine.choice import DrafterChoice
 from specinfer.engine.constraints import Constraints
-from specinfer.engine.controller import DrafterChoice
 from specinfer.request import (
     CompletionOutput,
     Logprobs,

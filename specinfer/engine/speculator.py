@@ -14,18 +14,13 @@ from specinfer.draft.heap import HeapBuilder
 from specinfer.draft.model import ModelDrafter
 from specinfer.draft.ngram import PredictionDrafter
 from specinfer.engine.chains import ChainController, GammaTune, SmartSpec
-from specinfer.engine.controller import (
-    Arm,
-    Controller,
-    DrafterChoice,
-    StepLoad,
-    choices_of,
-    urgency,
-)
+from specinfer.engine.choice import Arm, DrafterChoice, choices_of
+from specinfer.engine.controller import Controller, StepLoad
 from specinfer.engine.measure import Report
 from specinfer.engine.scheduler import Job
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.stats import EngineStats, TimedDrafter
+from specinfer.engine.urgency import urgency
 from specinfer.engine.work import Work
 from specinfer.errors import ConfigError
 from specinfer.tree import TokenTree
