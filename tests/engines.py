@@ -16,9 +16,10 @@ from specinfer.draft import growth
 from specinfer.draft.base import Draft, Drafter
 from specinfer.draft.model import ModelDrafter
 from specinfer.engine import verification
-from specinfer.engine.controller import Controller, StepLoad
+from specinfer.engine.controller import Controller
 from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence as EngineSequence
+from specinfer.engine.stats import StepLoad
 from specinfer.models.architecture import read_architecture
 from specinfer.models.decoder import Decoder
 from specinfer.run.batch import Span

@@ -8,12 +8,11 @@ import pytest
 
 from specinfer.draft.rounds import Prices
 from specinfer.engine import controller as module
-from specinfer.engine.controller import Controller, StepLoad
-from specinfer.engine.stats import Pass
+from specinfer.engine.controller import Controller
+from specinfer.engine.goodput import PROBE_EVERY, bucket_of
+from specinfer.engine.host import HOST_S, HostTimes
+from specinfer.engine.stats import Pass, StepLoad
 from specinfer.engine.times import StepTimes
-
-HOST_S = module._HOST_S
-NO_HOST = (1e-12, 1e-12, 1e-12, 1e-12)
 
 
 def line(first_s: float, token_s: float, span_s: float = 0.0) -> StepTimes:
@@ -51,7 +50,7 @@ class Machine:
         times = self.drafter
         pass_s = 0.0 if times is None else times.seconds(self.batch, self.batch)
         passes = [Pass(0, self.batch, self.batch, self.batch, pass_s) for _ in range(depth)]
-        host = module._HostTimes._make(self.host_s)
+        host = HostTimes._make(self.host_s)
         nodes = self.batch * depth
         host_s = host.step + host.span * self.batch + host.node * nodes
         host_s += host.draft * (depth > 0) + host.round * depth
@@ -215,11 +214,11 @@ def test_a_uniformly_slower_machine_decides_the_same(
     def slower(times: StepTimes) -> StepTimes:
         return StepTimes(times.sizes, [3 * times.seconds(size) for size in times.sizes])
 
-    host_s = module._HostTimes._make(3 * each for each in HOST_S)
+    host_s = HostTimes._make(3 * each for each in HOST_S)
     slow = Machine(
         slower(fast.target), slower(fast.drafter), fast.acceptance, fast.batch, host_s=host_s
     )
-    monkeypatch.setattr(module, "_HOST_S", host_s)
+    monkeypatch.setattr(module, "HOST_S", host_s)
     assert serve(slow) == expected
 
 
@@ -260,7 +259,7 @@ def test_one_that_has_rested_for_long_looks_seldom(resting: tuple[Machine, Contr
     for _ in range(300):
         machine.step(controller, random.Random(0))
     looked = []
-    for _ in range(2 * module._PROBE_EVERY):
+    for _ in range(2 * PROBE_EVERY):
         looked.append(not controller.rests(4))
         controller.observe(machine.load(0, 4), decoding_only=True)
     assert sum(looked) == 2
@@ -287,12 +286,12 @@ def test_a_probe_is_priced_lower(resting: tuple[Machine, Controller]) -> None:
     """Now and then, where nothing is drafted, so that a drafter may show that it has changed."""
     machine, controller = resting
     prices: dict[int, Prices] = {}
-    for number in range(20, 20 + 2 * module._PROBE_EVERY):
+    for number in range(20, 20 + 2 * PROBE_EVERY):
         prices[number] = controller.prices(4, 4, 9)
         controller.observe(machine.load(0, 4), decoding_only=True)
     usual = prices[21]
     low = [number for number, each in prices.items() if each.nodes[0] < 0.9 * usual.nodes[0]]
-    first = module._PROBE_EVERY
+    first = PROBE_EVERY
     assert low == [first, 2 * first]
     probe = prices[first]
     for now, then in ((probe.nodes, usual.nodes), (probe.totals, usual.totals)):
@@ -308,7 +307,7 @@ def test_a_probe_is_priced_lower(resting: tuple[Machine, Controller]) -> None:
 
 def test_host_costs_follow() -> None:
     """The host is several times slower than was thought: a step's expected time shows it."""
-    dear = module._HostTimes(2e-3, 4e-4, 1e-4, 1e-3, 2e-3)
+    dear = HostTimes(2e-3, 4e-4, 1e-4, 1e-3, 2e-3)
     machine = Machine(line(1e-3, 1e-5), line(1e-4, 0.0), 0.9, 2, host_s=dear)
     controller = machine.controller()
     serve(machine, controller, 2000)
@@ -355,10 +354,10 @@ def test_steps_with_prompts_teach_nothing_of_decoding() -> None:
 
 
 def test_batch_sizes_share_what_is_known_by_half_octaves() -> None:
-    buckets = [module._bucket(size) for size in (1, 2, 3, 4, 8, 9, 16, 17, 18, 64)]
+    buckets = [bucket_of(size) for size in (1, 2, 3, 4, 8, 9, 16, 17, 18, 64)]
     assert buckets == sorted(buckets)
-    assert module._bucket(16) == module._bucket(17) == module._bucket(18)
-    assert len({module._bucket(size) for size in (1, 2, 3, 4, 6, 8)}) == 6
+    assert bucket_of(16) == bucket_of(17) == bucket_of(18)
+    assert len({bucket_of(size) for size in (1, 2, 3, 4, 6, 8)}) == 6
     machine = MACHINES["flat, batch 4, 0.95"]
     controller = machine.controller()
     before = controller.goodput(1, 1)

@@ -6,124 +6,37 @@ greatest quotient itself (Dinkelbach; docs/algorithm.md, "Control"). It is taken
 what is drawn stays predictable; where no slot is worth its price the step is a plain one.
 """
 
-import functools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from specinfer.draft.rounds import Prices
-from specinfer.engine.stats import Pass
+from specinfer.engine.goodput import PATIENCE, Goodput, bucket_of
+from specinfer.engine.host import HOST_S, HostTimes
+from specinfer.engine.stats import Pass, StepLoad
 from specinfer.engine.times import Floats, StepTimes
 from specinfer.engine.trial import Trial
 
 _T = TypeVar("_T")
 
-_FADE = 0.98
-"""What past steps weigh, from one to the next, in λ."""
-
 _MARGIN = 1.05
 """Trees are priced above what they must be worth: what they are worth is an estimate."""
 
-_PATIENCE = 8
-"""Steps in a row in which nothing was worth its price; then one in as many is looked at, and after
-`_LONG` one in `_PROBE_EVERY`: what is looked at costs a small model several per cent of a step."""
-
-_LONG = 256
-
-_PROBE_EVERY = 128
 _PROBE_DISCOUNT = 0.5
-_PROBE_STEPS = 2
-"""Where nothing was worth its price for long, a first node of each sequence is priced lower in one
-step of so many, and in the next if something was drafted: what drafts are worth is only learnt by
-drafting, and what they take once the processor's caches know it. One step at the usual prices
-follows; only what is drafted there ends the rest."""
+"""What a probe's prices are multiplied by."""
 
-_HOST_RATE = 0.1
-"""How fast the host's costs follow what is measured."""
-
-
-class _HostTimes(NamedTuple):
-    """Seconds of the host.
-
-    step, span, node  per step, sequence and drafted node
-    draft             where drafters are asked at all, whatever comes of it
-    round             per pass of a drafter
-    """
-
-    step: float
-    span: float
-    node: float
-    draft: float
-    round: float
-
-
-_HOST_S = _HostTimes(1.5e-4, 5e-5, 1e-5, 1e-4, 2e-4)
-"""At first."""
-
-_MAX_COMPUTED = 256
+_FREE_PASS_S = 2e-5
+"""A pass of a drafter without a model, per node."""
 
 _GRID = 32.0
 """Prices are computed anew when what they are made of has moved by a 32nd of its logarithm: they
 differ by less than they are known, and making them takes a tenth of a small model's step."""
 
-_FREE_PASS_S = 2e-5
-"""A pass of a drafter without a model, per node."""
-
-
-@dataclass(slots=True)
-class StepLoad:
-    """What one step computed, and for how long.
-
-    num_tokens   of the target: prompt chunks, roots and drafted nodes
-    num_spans    sequences in the step
-    num_emitted  tokens emitted
-    num_nodes    drafted nodes
-    passes       of the drafters
-    target_s, host_s  seconds of the target's pass, and of neither model's
-    """
-
-    num_tokens: int
-    num_spans: int
-    num_emitted: int
-    num_nodes: int
-    passes: Sequence[Pass]
-    target_s: float
-    host_s: float
-
-
-@dataclass(slots=True)
-class _Goodput:
-    """Tokens and seconds of past steps of about one batch size, the older the less."""
-
-    tokens: float = 0.0
-    spans: float = 0.0
-    seconds: float = 0.0
-    num_plain: int = 0  # steps in a row in which nothing was worth its price
-    num_looks: int = 0  # to come, after a probe that drafted: all but the last are probes too
-
-    @property
-    def probes(self) -> bool:
-        """Whether drafts are priced lower in the next step."""
-        if self.num_looks:
-            return self.num_looks > 1
-        return self.num_plain % _PROBE_EVERY == 0 < self.num_plain
-
-    def add(self, load: StepLoad, seconds: float, *, was_told: bool) -> None:
-        """Count a step; was_told  not to draft, whatever it would have been worth."""
-        was_probe = self.probes
-        if self.num_looks:
-            self.num_looks -= 1
-        elif was_probe and load.num_nodes:
-            self.num_looks = _PROBE_STEPS
-        self.tokens = self.tokens * _FADE + load.num_emitted
-        self.spans = self.spans * _FADE + load.num_spans
-        self.seconds = self.seconds * _FADE + seconds
-        if not was_told:
-            self.num_plain = 0 if load.num_nodes and not was_probe else self.num_plain + 1
+_MAX_COMPUTED = 256
 
 
 class Controller:
@@ -136,10 +49,10 @@ class Controller:
     def __init__(self, target: StepTimes, drafters: Sequence[StepTimes | None]) -> None:
         self.target = target
         self.drafters = list(drafters)
-        self._host_s = _HOST_S
-        self._goodput: dict[int, _Goodput] = {}
-        self._trials: dict[int, Trial] = {}
-        self._bucket = -1  # of the last step
+        self._host_s = HOST_S
+        self._goodput: defaultdict[int, Goodput] = defaultdict(Goodput)  # by `bucket_of`
+        self._trials: defaultdict[int, Trial] = defaultdict(Trial)  # the same
+        self._last_bucket = -1
         self._num_rested = 0  # steps in a row without a drafter's pass
         self._computed: dict[tuple[float, ...], tuple[tuple[int, ...], Any]] = {}
 
@@ -148,21 +61,12 @@ class Controller:
 
         What is looked at in each step costs a small model several per cent of it.
         """
-        bucket = _bucket(num_spans)
-        if self._trial(bucket).rest:
+        bucket = bucket_of(num_spans)
+        if self._trials[bucket].rest:
             return True
-        if bucket != self._bucket:
-            return False
-        known = self._goodput[bucket]
-        every = _PATIENCE if known.num_plain < _LONG else _PROBE_EVERY
-        is_due = known.num_looks > 0 or known.num_plain % every == 0
-        return known.num_plain > _PATIENCE and not is_due
+        return bucket == self._last_bucket and self._goodput[bucket].rests
 
-    def _trial(self, bucket: int) -> Trial:
-        trial = self._trials.get(bucket)
-        if trial is None:
-            trial = self._trials[bucket] = Trial()
-        return trial
+    # --- prices -----------------------------------------------------------------------------------
 
     def prices(self, num_tokens: int, num_spans: int, stop: int) -> Prices:
         """What this step's nodes and rounds must be worth.
@@ -170,11 +74,12 @@ class Controller:
         num_tokens  the target computes anyway: prompt chunks and roots, in num_spans sequences
         stop        drafted nodes there may be, plus one
         """
+        past = self._goodput[bucket_of(num_spans)]
         unit_s = self.target.measured(1)  # so that a slower machine decides the same
         rate = _coarse(_MARGIN * self.goodput(num_tokens, num_spans) * unit_s) / unit_s
-        host = _HostTimes._make(_coarse(each / unit_s) * unit_s for each in self._host_s)
-        fed = round(min(2.0, 1.0 + self._accepted(num_spans)), 1)  # the rest: known from drafting
-        probes = self._probes(num_spans)
+        host = HostTimes._make(_coarse(each / unit_s) * unit_s for each in self._host_s)
+        fed = round(min(2.0, 1.0 + past.accepted), 1)  # the rest: known from drafting
+        probes = past.probes
 
         def compute() -> Prices:
             slopes_s, totals_s = self._nodes_s(num_tokens, num_spans, stop)
@@ -199,10 +104,6 @@ class Controller:
         asked = num_tokens, num_spans, stop, fed, rate, *host[2:], probes
         return self._kept(asked, versions, compute)
 
-    def _probes(self, num_spans: int) -> bool:
-        known = self._goodput.get(_bucket(num_spans))
-        return known is not None and known.probes
-
     def _nodes_s(self, num_tokens: int, num_spans: int, stop: int) -> tuple[Floats, Floats]:
         """Seconds of the target: [stop] of one more node, [stop] of so many nodes together."""
         most = _round_up(num_tokens + stop + 1)
@@ -213,105 +114,6 @@ class Controller:
             return np.maximum(0.0, np.diff(hull)), own - own[0]
 
         return self._kept((num_tokens, num_spans, stop), (self.target.version,), compute)
-
-    def _kept(
-        self, key: tuple[float, ...], versions: tuple[int, ...], compute: Callable[[], _T]
-    ) -> _T:
-        """What was computed from tables of times, until there are others."""
-        known = self._computed.get(key)
-        if known is None or known[0] != versions:
-            if len(self._computed) >= _MAX_COMPUTED:
-                self._computed.clear()
-            known = self._computed[key] = (versions, compute())
-        return cast(_T, known[1])
-
-    def _accepted(self, num_spans: int) -> float:
-        """Drafted tokens accepted per sequence and step, as of late."""
-        known = self._goodput.get(_bucket(num_spans))
-        if known is None or known.spans == 0:
-            return 0.0
-        return max(0.0, known.tokens / known.spans - 1.0)
-
-    def level_times(self, num_spans: int, max_nodes: int) -> tuple[float, npt.NDArray[np.float64]]:
-        """What Sequoia's programme weighs: seconds per level of the first drafter, and per step.
-
-        returns  the second [max_nodes + 2] by tokens of each of num_spans sequences
-        """
-        table = self.target.table(_round_up((max_nodes + 2) * num_spans), num_spans)
-        drafter = self.drafters[0]
-        draft_s = _FREE_PASS_S if drafter is None else drafter.seconds(num_spans, num_spans)
-        per_sequence = np.arange(max_nodes + 2) * num_spans
-        return draft_s + self._host_s.round, table[per_sequence]
-
-    def goodput(self, num_tokens: int, num_spans: int) -> float:
-        """λ, tokens per second: what steps of this size brought, at least what plain ones do."""
-        plain = num_spans / self.plain_s(num_tokens, num_spans)
-        known = self._goodput.get(_bucket(num_spans))
-        if known is None or known.seconds == 0:
-            return plain
-        return max(plain, known.tokens / known.seconds)
-
-    def plain_s(self, num_tokens: int, num_spans: int) -> float:
-        """Seconds of a step without trees."""
-        host = self._host_s
-        return self.target.seconds(num_tokens, num_spans) + host.step + host.span * num_spans
-
-    def observe(self, load: StepLoad, *, decoding_only: bool) -> None:
-        """Learn from a step.
-
-        decoding_only  nobody's prompt was computed: only such steps tell what decoding brings
-        """
-        if not decoding_only:
-            return
-        # After long rests a first pass takes several times as long as the next ones.
-        is_cold = bool(load.passes) and self._num_rested > _PATIENCE
-        self._num_rested = 0 if load.passes else self._num_rested + 1
-        if not is_cold:
-            for each in load.passes:
-                times = self.drafters[each.source]
-                if times is not None:
-                    times.observe(each.num_tokens, each.seconds, each.num_spans)
-            self._learn_host(load)
-        self.target.observe(load.num_tokens, load.target_s, load.num_spans)
-        # Seconds as the model has them, so that a busy machine does not look like a bad tree.
-        seconds = self._step_s(load)
-        self._bucket = _bucket(load.num_spans)
-        trial = self._trial(self._bucket)
-        goodput = self._goodput.get(self._bucket)
-        if goodput is None:
-            goodput = self._goodput[self._bucket] = _Goodput()
-        goodput.add(load, seconds, was_told=trial.rest > 0)
-        spent_s = load.target_s + load.host_s + sum([each.seconds for each in load.passes])
-        trial.add(
-            load.num_emitted,
-            spent_s,
-            drafted=load.num_nodes > 0,
-            expected=self._plain_rate(load.num_spans),
-        )
-
-    def _plain_rate(self, num_spans: int) -> float:
-        """Tokens per second of plain steps: as measured at start-up or as corrected, the greater.
-
-        Corrections cannot tell trees that take longer than was thought from a slower machine.
-        """
-        corrected = self.plain_s(num_spans, num_spans)
-        step_s = self.target.measured(num_spans, num_spans)
-        return num_spans / min(step_s, corrected)
-
-    def pass_s(self, one: Pass) -> float:
-        """What a drafter's pass costs by the model of times, in seconds."""
-        times = self.drafters[one.source]
-        if times is None:
-            return _FREE_PASS_S * one.num_nodes
-        return times.seconds(one.num_tokens, one.num_spans)
-
-    def _step_s(self, load: StepLoad) -> float:
-        plain_s = self.plain_s(load.num_tokens, load.num_spans)
-        if not load.passes:
-            return plain_s
-        host = self._host_s
-        drafting = sum([self.pass_s(one) + host.round for one in load.passes])
-        return plain_s + drafting + host.draft + host.node * load.num_nodes
 
     def _passes_s(self, source: int, stop: int, num_spans: int, fed: float) -> Floats:
         """[stop] seconds of a drafter's pass over 0, 1, … nodes of up to so many sequences.
@@ -333,21 +135,93 @@ class Controller:
         version = 0 if times is None else times.version
         return self._kept((source, stop, num_spans, fed), (version,), compute)
 
-    def _learn_host(self, load: StepLoad) -> None:
-        """Follow the host's seconds: what is missing is blamed on each cost by its share.
+    def _kept(
+        self, key: tuple[float, ...], versions: tuple[int, ...], compute: Callable[[], _T]
+    ) -> _T:
+        """What was computed from tables of times, until there are others."""
+        known = self._computed.get(key)
+        if known is None or known[0] != versions:
+            if len(self._computed) >= _MAX_COMPUTED:
+                self._computed.clear()
+            known = self._computed[key] = (versions, compute())
+        return cast(_T, known[1])
 
-        Normalised least mean squares in logarithms: a step moves what it was expected to take by
-        `_HOST_RATE` of what was missing, however many costs share it.
+    def level_times(self, num_spans: int, max_nodes: int) -> tuple[float, npt.NDArray[np.float64]]:
+        """What Sequoia's programme weighs: seconds per level of the first drafter, and per step.
+
+        returns  the second [max_nodes + 2] by tokens of each of num_spans sequences
         """
-        num_passes = len(load.passes)
-        counts = (1, load.num_spans, load.num_nodes, num_passes > 0, num_passes)
-        parts = [count * each for count, each in zip(counts, self._host_s, strict=True)]
-        expected = sum(parts)
-        missing = min(load.host_s, 3 * expected) / expected - 1  # a busy moment is no cost
-        rate = _HOST_RATE * missing * expected / sum(part * part for part in parts)
-        self._host_s = _HostTimes._make(
-            each * math.exp(rate * part) for each, part in zip(self._host_s, parts, strict=True)
+        table = self.target.table(_round_up((max_nodes + 2) * num_spans), num_spans)
+        drafter = self.drafters[0]
+        draft_s = _FREE_PASS_S if drafter is None else drafter.seconds(num_spans, num_spans)
+        per_sequence = np.arange(max_nodes + 2) * num_spans
+        return draft_s + self._host_s.round, table[per_sequence]
+
+    # --- what steps take and bring ----------------------------------------------------------------
+
+    def goodput(self, num_tokens: int, num_spans: int) -> float:
+        """λ, tokens per second: what steps of this size brought, at least what plain ones do."""
+        plain = num_spans / self.plain_s(num_tokens, num_spans)
+        return max(plain, self._goodput[bucket_of(num_spans)].rate)
+
+    def plain_s(self, num_tokens: int, num_spans: int) -> float:
+        """Seconds of a step without trees."""
+        host = self._host_s
+        return self.target.seconds(num_tokens, num_spans) + host.step + host.span * num_spans
+
+    def pass_s(self, one: Pass) -> float:
+        """What a drafter's pass costs by the model of times, in seconds."""
+        times = self.drafters[one.source]
+        if times is None:
+            return _FREE_PASS_S * one.num_nodes
+        return times.seconds(one.num_tokens, one.num_spans)
+
+    def observe(self, load: StepLoad, *, decoding_only: bool) -> None:
+        """Learn from a step.
+
+        decoding_only  nobody's prompt was computed: only such steps tell what decoding brings
+        """
+        if not decoding_only:
+            return
+        # After long rests a first pass takes several times as long as the next ones.
+        is_cold = bool(load.passes) and self._num_rested > PATIENCE
+        self._num_rested = 0 if load.passes else self._num_rested + 1
+        if not is_cold:
+            for each in load.passes:
+                times = self.drafters[each.source]
+                if times is not None:
+                    times.observe(each.num_tokens, each.seconds, each.num_spans)
+            self._host_s = self._host_s.after(load)
+        self.target.observe(load.num_tokens, load.target_s, load.num_spans)
+        self._last_bucket = bucket = bucket_of(load.num_spans)
+        trial = self._trials[bucket]
+        # Seconds as the model has them, so that a busy machine does not look like a bad tree.
+        self._goodput[bucket].add(load, self._step_s(load), was_told=trial.rest > 0)
+        spent_s = load.target_s + load.host_s + sum([each.seconds for each in load.passes])
+        trial.add(
+            load.num_emitted,
+            spent_s,
+            drafted=load.num_nodes > 0,
+            expected=self._plain_rate(load.num_spans),
         )
+
+    def _step_s(self, load: StepLoad) -> float:
+        """What a step should have taken, in seconds."""
+        plain_s = self.plain_s(load.num_tokens, load.num_spans)
+        if not load.passes:
+            return plain_s
+        host = self._host_s
+        drafting = sum([self.pass_s(one) + host.round for one in load.passes])
+        return plain_s + drafting + host.draft + host.node * load.num_nodes
+
+    def _plain_rate(self, num_spans: int) -> float:
+        """Tokens per second of plain steps: as measured at start-up or as corrected, the greater.
+
+        Corrections cannot tell trees that take longer than was thought from a slower machine.
+        """
+        corrected = self.plain_s(num_spans, num_spans)
+        step_s = self.target.measured(num_spans, num_spans)
+        return num_spans / min(step_s, corrected)
 
 
 def _round_up(stop: int) -> int:
@@ -358,9 +232,3 @@ def _round_up(stop: int) -> int:
 def _coarse(value: float) -> float:
     """The nearest of few numbers: within 1.6 %."""
     return math.exp(round(math.log(value) * _GRID) / _GRID)
-
-
-@functools.cache
-def _bucket(num_spans: int) -> int:
-    """Batch sizes that share what is known: each half of a power of two."""
-    return round(2 * math.log2(num_spans))

@@ -15,11 +15,11 @@ from specinfer.draft.model import ModelDrafter
 from specinfer.draft.ngram import PredictionDrafter
 from specinfer.engine.chains import ChainController, GammaTune, SmartSpec
 from specinfer.engine.choice import Arm, DrafterChoice, choices_of
-from specinfer.engine.controller import Controller, StepLoad
+from specinfer.engine.controller import Controller
 from specinfer.engine.measure import Report
 from specinfer.engine.scheduler import Job
 from specinfer.engine.sequence import Sequence
-from specinfer.engine.stats import EngineStats, TimedDrafter
+from specinfer.engine.stats import EngineStats, StepLoad, TimedDrafter
 from specinfer.engine.urgency import urgency
 from specinfer.engine.work import Work
 from specinfer.errors import ConfigError

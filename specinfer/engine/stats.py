@@ -38,6 +38,27 @@ class Pass(NamedTuple):
 
 
 @dataclass(slots=True)
+class StepLoad:
+    """What one step computed, and for how long.
+
+    num_tokens   of the target: prompt chunks, roots and drafted nodes
+    num_spans    sequences in the step
+    num_emitted  tokens emitted
+    num_nodes    drafted nodes
+    passes       of the drafters
+    target_s, host_s  seconds of the target's pass, and of neither model's
+    """
+
+    num_tokens: int
+    num_spans: int
+    num_emitted: int
+    num_nodes: int
+    passes: Sequence[Pass]
+    target_s: float
+    host_s: float
+
+
+@dataclass(slots=True)
 class EngineStats:
     """Sums since the engine started, or since `reset`.
 
