@@ -26,16 +26,17 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.prompts import load_chats
-from specinfer import sampling
 from specinfer.cache.blocks import Pages
 from specinfer.config import PAPER_TREE, Speculation, parse_tree
 from specinfer.engine.engine import Engine
 from specinfer.llm import LLM
+from specinfer.logits import RowFilters, target_laws
 from specinfer.models.decoder import Decoder
 from specinfer.models.weights import resolve_model
 from specinfer.request import SamplingParams
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
+from specinfer.sampling import gumbel_noise
 from specinfer.tree import TokenTree
 
 EXCUSED_GAP = 4e-5
@@ -123,13 +124,13 @@ def find_divergence(
         params, len(prompt), ends.union(params.stop_token_ids or ())
     )
     edits = None if history is None else history.edits(text, TokenTree(text[-1]), [0])
-    filters = sampling.RowFilters.of([(params, 1)], edits=[edits], device=scores.device)
+    filters = RowFilters.of([(params, 1)], edits=[edits], device=scores.device)
     if params.is_greedy:
         scores = scores if filters.edits is None else filters.edits.apply(scores)
     else:
         assert params.seed is not None, "only greedy and seeded texts can be compared"
-        noise = sampling.gumbel_noise(params.seed, sample, len(text), scores.shape[-1])
-        p = sampling.target_laws(scores, filters)
+        noise = gumbel_noise(params.seed, sample, len(text), scores.shape[-1])
+        p = target_laws(scores, filters)
         scores = p.log() + torch.from_numpy(noise).to(p.device)
     pair = expected[position], actual[position]
     gap = float(scores[0, pair[0]] - scores[0, pair[1]])

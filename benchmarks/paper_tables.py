@@ -16,12 +16,12 @@ from benchmarks.counts import Counts
 from benchmarks.settings import Inputs, Setting, is_whole, load_prompts, walk
 from specinfer.cache.blocks import Pages
 from specinfer.config import Speculation
+from specinfer.logits import RowFilters, target_laws
 from specinfer.models.decoder import Decoder
 from specinfer.models.weights import load_decoder, resolve_model
 from specinfer.request import SamplingParams
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
-from specinfer.sampling import RowFilters, target_laws
 from specinfer.tree import Floats, TokenTree
 from specinfer.verify import verify_match, verify_topdown, verify_traversal
 

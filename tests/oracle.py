@@ -28,6 +28,7 @@ from specinfer import baselines, sampling, verify
 from specinfer.draft import drawing, growth
 from specinfer.draft.base import Draft, DrafterFailedError, Pick
 from specinfer.engine import verification
+from specinfer.logits import RowFilters
 from specinfer.tree import TokenTree, union
 from specinfer.verify import Verdict, follow
 from tests.helpers import children, top_k_tokens
@@ -158,7 +159,7 @@ def exact_laws(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(growth, "target_laws", laws)
     # No short cut from logits to the likeliest either
-    monkeypatch.setattr(sampling.RowFilters, "one_temperature", None)
+    monkeypatch.setattr(RowFilters, "one_temperature", None)
 
 
 def edited_laws(laws: Tensor, filters: Any) -> Tensor:

@@ -13,9 +13,9 @@ from specinfer.draft.calibration import Calibration, Curves, Fortune
 from specinfer.draft.growth import Guesses, likeliest
 from specinfer.draft.guesses import Guess, Limits, NativePool, NumpyPool
 from specinfer.draft.rounds import Values
+from specinfer.logits import RowFilters, target_laws
 from specinfer.ops.native import kernels
 from specinfer.request import SamplingParams
-from specinfer.sampling import RowFilters, target_laws
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no kernels of our own here")
 

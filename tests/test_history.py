@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specinfer.history import Edits, History, RowEdits, pack
+from specinfer.logits import RowFilters, target_laws
 from specinfer.request import SamplingParams
-from specinfer.sampling import RowFilters, target_laws
 from specinfer.tree import TokenTree
 
 VOCAB = 11

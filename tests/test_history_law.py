@@ -21,8 +21,8 @@ from specinfer.draft.heap import HeapBuilder
 from specinfer.draft.shapes import ShapeBuilder, TreeShape
 from specinfer.grammar import GrammarCompiler
 from specinfer.history import History
+from specinfer.logits import RowFilters
 from specinfer.request import SamplingParams
-from specinfer.sampling import RowFilters
 from specinfer.structured import StructuredOutputsParams
 from specinfer.tree import TokenTree
 from specinfer.verify import verify_match, verify_topdown, verify_traversal

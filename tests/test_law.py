@@ -17,9 +17,10 @@ from specinfer.config import Draw, EngineConfig, Speculation, VerifierName
 from specinfer.draft import shapes
 from specinfer.draft.base import Drafter
 from specinfer.draft.ngram import NgramDrafter
+from specinfer.logits import RowFilters, target_laws
 from specinfer.models.decoder import Decoder
 from specinfer.request import SamplingParams
-from specinfer.sampling import RowFilters, draw_without_replacement, target_laws
+from specinfer.sampling import draw_without_replacement
 from specinfer.tree import Floats, Law, TokenTree
 from tests.engines import far_away, fresh_logits, model_drafter, toy_decoder, toy_engine
 from tests.helpers import top_k_tokens

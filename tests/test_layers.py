@@ -6,8 +6,8 @@
     4 run          run
     3 models       models: of the floors below, only the ground and ops
     2 mechanism    ops, cache, text, grammar: not each other, and no tree
-    1 mathematics  structured < request < tree < history < sampling < verify < baselines
-                   < lumping
+    1 mathematics  structured < request < tree < history < logits < sampling < verify
+                   < baselines < lumping
     0 ground       errors < paths < config < dist
 
 Imports inside functions and under TYPE_CHECKING count as well.
@@ -24,7 +24,8 @@ PACKAGE = ROOT / "specinfer"
 
 GROUND = ("errors", "paths", "config", "dist")
 MATHEMATICS = (
-    *("structured", "request", "tree", "history", "sampling", "verify", "baselines", "lumping"),
+    *("structured", "request", "tree", "history", "logits", "sampling", "verify", "baselines"),
+    "lumping",
 )
 MECHANISM = ("ops", "cache", "text", "grammar")
 FACES = (
@@ -90,7 +91,7 @@ def complaint(importer: str, imported: str) -> str | None:
             return f"the order is {' < '.join(order)}"
     if {importer, imported} <= set(MECHANISM):
         return "mechanisms do not import each other"
-    if importer in MECHANISM and imported in ("tree", "history", "sampling", "verify", "baselines"):
+    if importer in MECHANISM and imported in MATHEMATICS[MATHEMATICS.index("tree") :]:
         return "a mechanism knows no tree: a mask is a tensor there"
     if importer == "models" and imported not in (*GROUND, "ops"):
         return "models know no cache, no request and no tree"

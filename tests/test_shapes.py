@@ -13,8 +13,9 @@ from specinfer.config import Draw
 from specinfer.draft.base import Draft
 from specinfer.draft.growth import Grown, Growth
 from specinfer.draft.shapes import PathsShape, ShapeBuilder, TreeShape, best_shapes
+from specinfer.logits import RowFilters, target_laws
 from specinfer.request import SamplingParams
-from specinfer.sampling import RowFilters, SeededNoise, gumbel_noise, target_laws
+from specinfer.sampling import SeededNoise, gumbel_noise
 from specinfer.tree import TokenTree
 from specinfer.verify import require_lawful
 from tests.engines import run_pages

@@ -12,9 +12,9 @@ from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.times import StepTimes
 from specinfer.llm import Pending
+from specinfer.logits import RowFilters, target_laws
 from specinfer.models.decoder import Decoder
 from specinfer.request import SamplingParams
-from specinfer.sampling import RowFilters, target_laws
 from specinfer.tree import TokenTree
 from tests.engines import (
     ScriptedDrafter,

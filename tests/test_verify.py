@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from specinfer import baselines, sampling, verify
 from specinfer.baselines import verify_gbv, verify_kseq
 from specinfer.errors import LawError
+from specinfer.logits import RowFilters, target_laws
 from specinfer.request import SamplingParams
-from specinfer.sampling import RowFilters, target_laws
 from specinfer.tree import PICK, Law, TokenTree, union
 from specinfer.verify import (
     follow,

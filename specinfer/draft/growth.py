@@ -18,10 +18,11 @@ from specinfer.config import Draw
 from specinfer.draft.base import Draft, Drafter, Pick
 from specinfer.draft.calibration import Features, Fortune, Regime
 from specinfer.history import Edits, History
+from specinfer.logits import RowFilters, target_laws
 from specinfer.ops.native import Kernels, address, kernels
 from specinfer.ops.transfer import is_far, to_host
 from specinfer.request import SamplingParams
-from specinfer.sampling import RowFilters, SeededNoise, target_laws
+from specinfer.sampling import SeededNoise
 from specinfer.tree import Floats, Integers, Law, TokenTree
 
 

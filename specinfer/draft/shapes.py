@@ -29,7 +29,8 @@ from specinfer.draft.growth import (
     as_picks,
     guess,
 )
-from specinfer.sampling import RowFilters, add_iid, add_picks, add_without_replacement
+from specinfer.logits import RowFilters
+from specinfer.sampling import add_iid, add_picks, add_without_replacement
 from specinfer.tree import TokenTree, union
 
 

@@ -14,16 +14,10 @@ from specinfer.config import VerifierName
 from specinfer.engine.sequence import Sequence
 from specinfer.engine.work import Work
 from specinfer.history import Edits
+from specinfer.logits import NO_PICK, RowFilters, greedy_picks, target_laws
 from specinfer.lumping import Lumped, lump
 from specinfer.ops.transfer import is_far, to_host
-from specinfer.sampling import (
-    NO_PICK,
-    RowFilters,
-    draw_rows,
-    greedy_picks,
-    seeded_pick,
-    target_laws,
-)
+from specinfer.sampling import draw_rows, seeded_pick
 from specinfer.tree import Floats, TokenTree
 from specinfer.verify import Verdict, follow, verify_match, verify_topdown, verify_traversal
 

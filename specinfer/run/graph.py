@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from specinfer.cache.pool import KVPool
+from specinfer.logits import RowFilters, target_laws
 from specinfer.models.decoder import Decoder
 from specinfer.ops.transfer import to_host
 from specinfer.ops.triton_attention import HEADER, Layout, TritonPlan, partial_sums
@@ -37,7 +38,6 @@ from specinfer.ops.triton_attention import lay_out as lay_out_attention
 from specinfer.ops.triton_layers import Places
 from specinfer.run.batch import Flat, Level, Span, lay_out, slots_of
 from specinfer.run.fused import FusedOps
-from specinfer.sampling import RowFilters, target_laws
 
 LADDER = (0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of tokens, and of logits' rows, that steps are padded to."""
