@@ -32,7 +32,7 @@ from specinfer.engine.engine import Engine
 from specinfer.llm import LLM
 from specinfer.logits import RowFilters, target_laws
 from specinfer.models.decoder import Decoder
-from specinfer.models.weights import resolve_model
+from specinfer.models.folder import resolve_model
 from specinfer.request import SamplingParams
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.inflate import TWINS
 from specinfer.errors import DependencyError, SpecInferError, UnsupportedModelError
 from specinfer.models.architecture import Architecture, Rope, read_architecture
-from specinfer.models.weights import read_config
+from specinfer.models.folder import read_config
 
 GGUFType = Literal["f32", "bf16", "q8_0", "q4_0"]
 

@@ -38,8 +38,9 @@ from specinfer.config import Speculation
 from specinfer.engine.measure import measure_runner
 from specinfer.llm import LLM
 from specinfer.models.decoder import Decoder
+from specinfer.models.folder import resolve_model
 from specinfer.models.quantization import QUANTIZATIONS
-from specinfer.models.weights import load_decoder, resolve_model
+from specinfer.models.weights import load_decoder
 from specinfer.run.runner import Runner
 
 PARTS = ("kernel", "floor", "layers", "decoding", "batches", "quantised")

@@ -208,7 +208,7 @@ def main() -> None:
     theirs = None
     ours = Ours(target, drafter, args.dtype)
     if not args.no_transformers:
-        from specinfer.models.weights import resolve_model
+        from specinfer.models.folder import resolve_model
 
         theirs = Transformers(resolve_model(target), getattr(torch, args.dtype))
     encode = ours.llm.tokenizer.apply_chat_template

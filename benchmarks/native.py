@@ -28,7 +28,7 @@ from benchmarks.quantization import load
 from benchmarks.roofline import PREFIX, tree_span
 from specinfer.bench import Spread
 from specinfer.cache.blocks import Pages
-from specinfer.models.weights import resolve_model
+from specinfer.models.folder import resolve_model
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
 

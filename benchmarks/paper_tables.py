@@ -18,7 +18,8 @@ from specinfer.cache.blocks import Pages
 from specinfer.config import Speculation
 from specinfer.logits import RowFilters, target_laws
 from specinfer.models.decoder import Decoder
-from specinfer.models.weights import load_decoder, resolve_model
+from specinfer.models.folder import resolve_model
+from specinfer.models.weights import load_decoder
 from specinfer.request import SamplingParams
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner

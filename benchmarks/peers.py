@@ -35,7 +35,7 @@ from benchmarks.throughput import SETTLE_S
 from specinfer.bench import Spread, alternate, ratio
 from specinfer.errors import SpecInferError
 from specinfer.llm import LLM
-from specinfer.models.weights import resolve_model
+from specinfer.models.folder import resolve_model
 from specinfer.request import SamplingParams
 from specinfer.text.tokenizer import Tokenizer
 

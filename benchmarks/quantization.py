@@ -29,8 +29,9 @@ from benchmarks.prompts import load_conversations
 from benchmarks.settings import MAX_LEN, TARGET, Case, Inputs, count
 from specinfer.bench import Spread
 from specinfer.cache.blocks import BlockAllocator
+from specinfer.models.folder import resolve_model
 from specinfer.models.quantization import QUANTIZATIONS
-from specinfer.models.weights import load_decoder, resolve_model
+from specinfer.models.weights import load_decoder
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
 from specinfer.text.tokenizer import Tokenizer

@@ -158,7 +158,7 @@ def load_prompts(inputs: Inputs, source: str, num_prompts: int) -> list[list[int
 
 @functools.cache
 def _tokenizer(target: str) -> Tokenizer:
-    from specinfer.models.weights import resolve_model
+    from specinfer.models.folder import resolve_model
 
     return Tokenizer.from_folder(resolve_model(target))
 

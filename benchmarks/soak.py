@@ -269,7 +269,7 @@ def kv_cache_memory(num_clients: int) -> int:
 
     from specinfer.cache.pool import KVPool
     from specinfer.models.architecture import read_architecture
-    from specinfer.models.weights import read_config, resolve_model
+    from specinfer.models.folder import read_config, resolve_model
 
     num_bytes = 0
     for name in (TARGET, DRAFTER):

@@ -16,8 +16,8 @@ from benchmarks.gguf import entries, export, permute_rotary
 from benchmarks.inflate import ZOO
 from specinfer.errors import UnsupportedModelError
 from specinfer.models.architecture import Rope, read_architecture
+from specinfer.models.folder import read_config
 from specinfer.models.layers import Rotary, rotate
-from specinfer.models.weights import read_config
 
 SOURCE = ZOO / "parley-draft"
 ARCHITECTURE = read_architecture(read_config(SOURCE))

@@ -19,7 +19,7 @@ from specinfer.draft.ngram import (
     PredictionDrafter,
     SuffixAutomaton,
 )
-from specinfer.models.weights import resolve_model
+from specinfer.models.folder import resolve_model
 from specinfer.text.tokenizer import Tokenizer
 from specinfer.tree import TokenTree
 from tests.engines import run_pages

@@ -11,6 +11,7 @@ from specinfer import LLM, ConfigError, SamplingParams, Speculation
 from specinfer.errors import CheckpointError, ModelError, UnsupportedModelError
 from specinfer.models import weights
 from specinfer.models.decoder import Decoder
+from specinfer.models.folder import resolve_model
 from specinfer.models.layers import Linear
 from specinfer.models.quantization import (
     HEAD_KEY,
@@ -23,7 +24,7 @@ from specinfer.models.quantization import (
     resolve_quantization,
 )
 from specinfer.models.quantized_folder import quantize_folder
-from specinfer.models.weights import _Loader, load_decoder, resolve_model
+from specinfer.models.weights import _Loader, load_decoder
 from specinfer.ops.quantized import Int4Weight, dequantize
 from specinfer.ops.triton_linear import TritonWeight
 from specinfer.run.runner import Runner

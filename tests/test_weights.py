@@ -20,8 +20,9 @@ from specinfer.errors import (
 from specinfer.models import weights
 from specinfer.models.architecture import FAMILIES, read_architecture
 from specinfer.models.decoder import Decoder
+from specinfer.models.folder import resolve_model
 from specinfer.models.layers import Linear
-from specinfer.models.weights import load_decoder, resolve_model
+from specinfer.models.weights import load_decoder
 from tests.helpers import toy_config
 
 INDEX = "model.safetensors.index.json"
@@ -273,7 +274,7 @@ def test_a_folder_resolves_to_itself(tmp_path):
 
 
 def test_zoo_names_are_folders_of_the_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "_ZOO", tmp_path)
+    monkeypatch.setattr("specinfer.models.folder._ZOO", tmp_path)
     with pytest.raises(ModelNotFoundError, match="none in this installation"):
         resolve_model("zoo:parley")
     for name in ("parrot", "parley"):
@@ -340,7 +341,8 @@ def test_offline_ids_come_from_the_cache(offline_hub):
 MEASURE = """
 import sys
 from pathlib import Path
-from specinfer.models.weights import load_decoder, read_config
+from specinfer.models.folder import read_config
+from specinfer.models.weights import load_decoder
 import torch
 
 def status(key):

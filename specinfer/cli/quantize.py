@@ -18,9 +18,9 @@ def quantize(
     The folder loads by its name like any other, computes what --quantization computes, and is in
     compressed-tensors' format.
     """
+    from specinfer.models.folder import resolve_model
     from specinfer.models.quantization import read_quantization
     from specinfer.models.quantized_folder import quantize_folder
-    from specinfer.models.weights import resolve_model
     from specinfer.progress import show_loading
 
     scheme = read_quantization(quantization)

@@ -18,12 +18,13 @@ from specinfer.engine.memory import CacheNeeds, token_bytes
 from specinfer.errors import ConfigError, ModelError
 from specinfer.models.architecture import Architecture, read_architecture
 from specinfer.models.decoder import Decoder
+from specinfer.models.folder import read_config, resolve_model
 from specinfer.models.quantization import (
     Quantization,
     read_quantization,
     resolve_quantization,
 )
-from specinfer.models.weights import load_decoder, read_config, resolve_dtype, resolve_model
+from specinfer.models.weights import load_decoder, resolve_dtype
 from specinfer.run.runner import Runner
 from specinfer.text.tokenizer import Tokenizer
 

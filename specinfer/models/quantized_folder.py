@@ -18,8 +18,9 @@ from torch import Tensor
 from specinfer.errors import ConfigError, ModelError
 from specinfer.models.architecture import FAMILIES, Architecture, read_architecture
 from specinfer.models.checkpoint import INDEX, Checkpoint
+from specinfer.models.folder import read_config
 from specinfer.models.quantization import HEAD_KEY, Quantization, describe, encode, read_stored
-from specinfer.models.weights import DTYPES, Progress, read_config
+from specinfer.models.weights import DTYPES, Progress
 
 SHARD_BYTES = 1 << 30
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md")

@@ -1,4 +1,4 @@
-"""From a name to a decoder that serves: find the folder, stream its weights, check every one.
+"""From a folder to a decoder that serves: stream its weights, check every one.
 
 Tensors are fused (q, k and v; gate and up) and re-ordered while they stream. A shard is mapped
 anew for each weight, because pages of a mapped file count as resident memory until it is unmapped:
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from specinfer.errors import (
     UnsupportedModelError,
 )
 from specinfer.models.architecture import FAMILIES, read_architecture
-from specinfer.models.checkpoint import Checkpoint, read_json
+from specinfer.models.checkpoint import Checkpoint
 from specinfer.models.decoder import Decoder
+from specinfer.models.folder import read_config
 from specinfer.models.layers import Linear
 from specinfer.models.quantization import (
     QUANTIZATIONS,
@@ -53,40 +54,6 @@ STREAMED_BYTES = 64 << 20
 """Weights above this are taken to come from memory at each step, below it from a cache."""
 
 _HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$")
-_ZOO = Path(__file__).parent.parent / "zoo"
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
-_HUB_IGNORED = ["*/*", "consolidated*"]
-
-
-def resolve_model(name: str) -> Path:
-    """Find the folder of a model, downloading it if it is a hub id that is not cached.
-
-    name    a folder, "zoo:NAME" for a bundled model, or a Hugging Face id
-    raises  ModelNotFoundError if there is none
-    """
-    if name.startswith("zoo:"):
-        return _resolve_zoo(name.removeprefix("zoo:"))
-    try:
-        folder = Path(name).expanduser()
-        if name and folder.is_dir():
-            return folder
-        is_something = folder.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, or ~nobody
-        raise ModelNotFoundError(f"{name!r} is no folder: {error}") from None
-    if is_something or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise ModelNotFoundError(
-            f"{name!r} is no folder: give a model's folder, a Hugging Face id or zoo:NAME"
-        )
-    return _download(name)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Parse a model folder's config.json.
-
-    raises  CheckpointError if it is missing or no JSON object
-    """
-    file = path / "config.json"
-    return read_json(file, f"{path} has no config.json: give the folder of a Hugging Face model")
 
 
 def load_decoder(
@@ -396,36 +363,6 @@ def _resolve_dtype(dtype: str | torch.dtype, stored: str, device: torch.device) 
     if kind is None:
         raise ConfigError(f"dtype={dtype!r}: use auto or one of {', '.join(DTYPES)}")
     return kind
-
-
-def _bundled() -> list[str]:
-    return sorted(folder.parent.name for folder in _ZOO.glob("*/config.json"))
-
-
-def _resolve_zoo(name: str) -> Path:
-    names = _bundled()
-    if name not in names:
-        listed = ", ".join(f"zoo:{known}" for known in names) or "none in this installation"
-        raise ModelNotFoundError(f"zoo:{name} is not bundled: there are {listed}")
-    return _ZOO / name
-
-
-def _download(name: str) -> Path:
-    # Imported late: most runs read a folder, and the hub's client is slow to import.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED)
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelNotFoundError(
-            f"{name!r} is no folder here and could not be had from the Hugging Face hub "
-            f"({reason}): give a folder, an id you may read, or zoo:"
-            + (name if name in _bundled() else "NAME")
-        ) from error
 
 
 def _some(names: list[str]) -> str:
