@@ -17,7 +17,8 @@ from specinfer.draft.builders import SequoiaBuilder
 from specinfer.draft.calibration import REGIMES, Calibration, Fortune, Regime
 from specinfer.draft.growth import Grown, Growth
 from specinfer.draft.heap import HeapBuilder
-from specinfer.draft.ngram import NgramDrafter, PredictionDrafter
+from specinfer.draft.ngram import NgramDrafter
+from specinfer.draft.prediction import PredictionDrafter
 from specinfer.draft.rounds import Prices
 from specinfer.draft.shapes import PathsShape, ShapeBuilder, TreeShape
 from specinfer.errors import LawError

@@ -9,16 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specinfer.draft.automaton import MAX_LINKS, MAX_PICKS, NOTHING, Match, SuffixAutomaton
 from specinfer.draft.base import Draft, Pick
-from specinfer.draft.ngram import (
-    MAX_LINKS,
-    MAX_PICKS,
-    NOTHING,
-    Match,
-    NgramDrafter,
-    PredictionDrafter,
-    SuffixAutomaton,
-)
+from specinfer.draft.ngram import NgramDrafter
+from specinfer.draft.prediction import PredictionDrafter
 from specinfer.models.folder import resolve_model
 from specinfer.text.tokenizer import Tokenizer
 from specinfer.tree import TokenTree

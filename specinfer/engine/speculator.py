@@ -12,7 +12,7 @@ from specinfer.draft.forced import ForcedDrafter
 from specinfer.draft.growth import Builder, Growth
 from specinfer.draft.heap import HeapBuilder
 from specinfer.draft.model import ModelDrafter
-from specinfer.draft.ngram import PredictionDrafter
+from specinfer.draft.prediction import PredictionDrafter
 from specinfer.engine.chains import ChainController, GammaTune, SmartSpec
 from specinfer.engine.choice import Arm, DrafterChoice, choices_of
 from specinfer.engine.controller import Controller
