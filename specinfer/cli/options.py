@@ -25,7 +25,8 @@ from typing import (
 import typer
 
 from specinfer.cli.report import check_writable
-from specinfer.config import EngineConfig, Speculation, read_speculative_config
+from specinfer.cli.speculative_config import read_speculative_config
+from specinfer.config import EngineConfig, Speculation
 from specinfer.errors import ConfigError
 from specinfer.request import SamplingParams
 
