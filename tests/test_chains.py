@@ -3,7 +3,7 @@ from itertools import product
 
 import pytest
 
-from specinfer.engine.chains import ChainController, FixedLength, GammaTune, SmartSpec
+from specinfer.engine.chains import ChainController, GammaTune, SmartSpec
 from specinfer.engine.times import StepTimes
 
 
@@ -35,11 +35,7 @@ def smart(longest: int = 8, slope: float = 0.01, **options: float) -> SmartSpec:
     return SmartSpec(target, StepTimes([1, 100], [0.05, 0.05]), longest, **options)
 
 
-def test_a_fixed_length_is_fixed() -> None:
-    assert set(serve(FixedLength(5), 0.3)) == {5}
-
-
-@pytest.mark.parametrize("controller", [FixedLength(3), GammaTune(6), smart(6)])
+@pytest.mark.parametrize("controller", [GammaTune(6), smart(6)])
 def test_an_ended_sequence_leaves_what_others_do_as_it_was(controller: ChainController) -> None:
     for _ in range(5):
         controller.observe(1, 3, 3, 2)

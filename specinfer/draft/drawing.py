@@ -127,9 +127,8 @@ class Drawing:
                     threshold = 1.0
                 self._trees[index] = _DrawnTree(growth, draft, threshold)
         self.drafts = {index: tree.draft for index, tree in self._trees.items()}
-        self._heap: list[
-            tuple[float, int, int, int, int]
-        ] = []  # -key, order, request, node, source
+        # -key, order, request, node, source
+        self._heap: list[tuple[float, int, int, int, int]] = []
         self._order = 0
 
     @property

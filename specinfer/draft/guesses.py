@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from specinfer.draft.growth import Growth
-from specinfer.draft.rounds import LEAST, Integers, Numbers, Values
+from specinfer.draft.rounds import LEAST, Numbers, Values
 from specinfer.ops.native import Growing, Kernels, address, kernels
-from specinfer.tree import Floats
+from specinfer.tree import Floats, Integers
 
 
 class Limits(NamedTuple):

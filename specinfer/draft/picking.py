@@ -15,14 +15,13 @@ from specinfer.draft.rounds import (
     ROWS,
     WIDEST,
     Candidate,
-    Integers,
     Prices,
     Queue,
     Rounds,
     Told,
     Values,
 )
-from specinfer.tree import Floats, TokenTree
+from specinfer.tree import Floats, Integers, TokenTree
 
 
 class Picking:

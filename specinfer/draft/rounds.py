@@ -20,9 +20,9 @@ from specinfer.draft.base import Draft, Drafter, DrafterFailedError, Pick
 from specinfer.draft.calibration import Calibration
 from specinfer.draft.growth import Growth, Guesses, as_picks, guess
 from specinfer.ops.native import Growing, address, kernels
+from specinfer.tree import Integers
 
 Numbers = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
 
 _CURVE = struct.Struct("=2qd")
 """A `Curve` of ops/native/guesses.h."""

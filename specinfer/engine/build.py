@@ -60,21 +60,10 @@ def build_engine(
     if speculation.tree == "auto":  # a prediction drafts where no drafter is
         max_nodes = speculation.num_nodes(len(drafters) + 1)
     # Everything that can be refused cheaply is refused before weights are read.
-    names = [model, *(name for name in drafters if name != NGRAM)]
-    if len(drafters) > len(names):
-        raise ConfigError(f'drafters name "{NGRAM}" more than once: once is enough')
-    if drafter_quantization is not None and len(names) == 1:
-        raise ConfigError(
-            f"drafter_quantization={drafter_quantization!r} but no drafter is a model: leave it out"
-        )
+    names = [model, *_drafting_models(drafters, drafter_quantization)]
     folders = _each(names, resolve_model, names)
     tokenizers = _each(names, Tokenizer.from_folder, folders)
-    for name, tokenizer in zip(names[1:], tokenizers[1:], strict=True):
-        if not tokenizers[0].has_same_vocabulary(tokenizer):
-            raise ModelError(
-                f"drafter {name!r} has another vocabulary than {model!r}: a drafter must share "
-                "the target's tokenizer"
-            )
+    _check_vocabularies(names, tokenizers)
     asked = [
         None if given is None else read_quantization(given, option)
         for option, given in (
@@ -128,6 +117,27 @@ def build_engine(
         calibration=calibration,
         measure=measure,
     )
+
+
+def _drafting_models(drafters: Sequence[str], drafter_quantization: str | None) -> list[str]:
+    """The drafters that are models."""
+    names = [name for name in drafters if name != NGRAM]
+    if len(drafters) > len(names) + 1:
+        raise ConfigError(f'drafters name "{NGRAM}" more than once: once is enough')
+    if drafter_quantization is not None and not names:
+        raise ConfigError(
+            f"drafter_quantization={drafter_quantization!r} but no drafter is a model: leave it out"
+        )
+    return names
+
+
+def _check_vocabularies(names: Sequence[str], tokenizers: Sequence[Tokenizer]) -> None:
+    for name, tokenizer in zip(names[1:], tokenizers[1:], strict=True):
+        if not tokenizers[0].has_same_vocabulary(tokenizer):
+            raise ModelError(
+                f"drafter {name!r} has another vocabulary than {names[0]!r}: a drafter must share "
+                "the target's tokenizer"
+            )
 
 
 def _each(names: Sequence[str], read: Callable[[T], R], what: Iterable[T]) -> list[R]:

@@ -32,24 +32,6 @@ class StepSeconds(Protocol):
         ...
 
 
-class FixedLength:
-    """Always the same length."""
-
-    def __init__(self, length: int) -> None:
-        assert length >= 0
-        self._length = length
-
-    def length(self, key: int, batch_size: int) -> int:
-        """See `ChainController.length`."""
-        return self._length
-
-    def observe(self, key: int, drafted: int, accepted: int, batch_size: int) -> None:
-        """See `ChainController.observe`: nothing is learnt."""
-
-    def drop(self, key: int) -> None:
-        """See `ChainController.drop`."""
-
-
 @dataclass(slots=True)
 class _Gamma:
     """One sequence's length, not yet rounded, and its average of accepted tokens."""

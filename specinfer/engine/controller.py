@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from specinfer.draft.rounds import Prices
 from specinfer.engine.goodput import PATIENCE, Goodput, bucket_of
 from specinfer.engine.host import HOST_S, HostTimes
 from specinfer.engine.stats import Pass, StepLoad
-from specinfer.engine.times import Floats, StepTimes
+from specinfer.engine.times import Seconds, StepTimes
 from specinfer.engine.trial import Trial
 
 _T = TypeVar("_T")
@@ -104,32 +103,32 @@ class Controller:
         asked = num_tokens, num_spans, stop, fed, rate, *host[2:], probes
         return self._kept(asked, versions, compute)
 
-    def _nodes_s(self, num_tokens: int, num_spans: int, stop: int) -> tuple[Floats, Floats]:
+    def _nodes_s(self, num_tokens: int, num_spans: int, stop: int) -> tuple[Seconds, Seconds]:
         """Seconds of the target: [stop] of one more node, [stop] of so many nodes together."""
         most = _round_up(num_tokens + stop + 1)
 
-        def compute() -> tuple[Floats, Floats]:
+        def compute() -> tuple[Seconds, Seconds]:
             own = self.target.table(most, num_spans)[num_tokens : num_tokens + stop]
             hull = self.target.hull(most, num_spans)[num_tokens : num_tokens + stop + 1]
             return np.maximum(0.0, np.diff(hull)), own - own[0]
 
         return self._kept((num_tokens, num_spans, stop), (self.target.version,), compute)
 
-    def _passes_s(self, source: int, stop: int, num_spans: int, fed: float) -> Floats:
+    def _passes_s(self, source: int, stop: int, num_spans: int, fed: float) -> Seconds:
         """[stop] seconds of a drafter's pass over 0, 1, … nodes of up to so many sequences.
 
         fed  tokens computed per node
         """
         times = self.drafters[source]
 
-        def compute() -> Floats:
+        def compute() -> Seconds:
             nodes = np.arange(stop, dtype=np.float64)
             if times is None:
                 return _FREE_PASS_S * nodes
             table = times.table(_round_up(math.ceil((stop - 1) * fed) + 1))
             tokens = np.ceil(nodes * fed).astype(np.int64)
             extra = np.minimum(nodes, num_spans) - 1
-            seconds: Floats = table[tokens] + times.span_s * np.maximum(0.0, extra)
+            seconds: Seconds = table[tokens] + times.span_s * np.maximum(0.0, extra)
             return seconds
 
         version = 0 if times is None else times.version
@@ -146,7 +145,7 @@ class Controller:
             known = self._computed[key] = (versions, compute())
         return cast(_T, known[1])
 
-    def level_times(self, num_spans: int, max_nodes: int) -> tuple[float, npt.NDArray[np.float64]]:
+    def level_times(self, num_spans: int, max_nodes: int) -> tuple[float, Seconds]:
         """What Sequoia's programme weighs: seconds per level of the first drafter, and per step.
 
         returns  the second [max_nodes + 2] by tokens of each of num_spans sequences

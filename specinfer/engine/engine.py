@@ -25,6 +25,7 @@ from specinfer.engine.verification import rows_kept, verify_works
 from specinfer.engine.work import Work
 from specinfer.errors import RequestError
 from specinfer.request import Logprobs, SamplingParams
+from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
 from specinfer.text.tokenizer import Tokenizer
 from specinfer.tree import TokenTree
@@ -207,12 +208,7 @@ class Engine:
         chances = chances_of(emitting, verdicts, logits)
         with timed("commit"):
             traces = self._commit(works, verdicts, logprobs)
-        self.stats.num_steps += 1
-        self.stats.num_target_tokens += sum(len(span.tokens) for span in spans)
-        self.stats.num_output_tokens += sum(trace.num_new for trace in traces)
-        num_nodes = sum(work.tree.num_drafted for work in works)
-        counts = self.stats.steps_by_nodes
-        counts[num_nodes] = counts.get(num_nodes, 0) + 1
+        self._count_step(spans, works, traces)
         if chances:
             names = [drafter.name for drafter in self.speculator.drafters]
             keep_trees(emitting, traces, chances, names, self._step_time(works, before))
@@ -282,7 +278,7 @@ class Engine:
             num_new = sequence.append(new, logprobs.get(sequence.number, ()))
             if sequence.first_s is None:
                 sequence.first_s = time.perf_counter()
-            self._count(work, verdict.path[:num_new])
+            self._count_path(work, verdict.path[:num_new])
             self.speculator.learn(work, verdict, len(self.scheduler.running))
             if sequence.noise is not None:
                 sequence.noise.forget(len(sequence.tokens))
@@ -312,7 +308,17 @@ class Engine:
         for source, accepted in admitted.items():
             self.speculator.drafters[source].admit(accepted)
 
-    def _count(self, work: Work, emitted_path: ListLike[int]) -> None:
+    def _count_step(
+        self, spans: ListLike[Span], works: ListLike[Work], traces: ListLike[StepTrace]
+    ) -> None:
+        self.stats.num_steps += 1
+        self.stats.num_target_tokens += sum(len(span.tokens) for span in spans)
+        self.stats.num_output_tokens += sum(trace.num_new for trace in traces)
+        num_nodes = sum(work.tree.num_drafted for work in works)
+        counts = self.stats.steps_by_nodes
+        counts[num_nodes] = counts.get(num_nodes, 0) + 1
+
+    def _count_path(self, work: Work, emitted_path: ListLike[int]) -> None:
         tree, drafters = work.tree, self.speculator.drafters
         sources = [tree.sources_of(node) for node in range(1, len(tree))]
         names = [drafters[each[0]].name for each in sources]

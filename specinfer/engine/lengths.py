@@ -13,7 +13,6 @@ _LATEST = 64
 _FEWEST = 4
 """Outputs a bucket must have seen before it is believed."""
 
-
 _NEWS = 8
 """Outputs after which it is worth asking again."""
 

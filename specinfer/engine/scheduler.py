@@ -258,10 +258,8 @@ class Scheduler:
         for done, job in enumerate(writing):
             sequence, num_known = job.sequence, len(job.sequence.tokens)
             assert sequence.pages is not None
-            nodes, capacity = (
-                min(sequence.max_nodes, budget // len(writing)),
-                sequence.pages.capacity,
-            )
+            nodes = min(sequence.max_nodes, budget // len(writing))
+            capacity = sequence.pages.capacity
             if num_known + nodes > capacity:
                 share = self._allocator.num_free // (len(writing) - done)
                 nodes = min(nodes, capacity + share * self._allocator.block_size - num_known)

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+Seconds = npt.NDArray[np.float64]
 
 _DRIFT_RATE = 0.15
 _OWN_RATE = 0.1
@@ -88,8 +88,8 @@ class StepTimes:
         self._counts = np.ones(len(sizes))  # the trust in each size
         self._middles = [math.sqrt(a * b) for a, b in itertools.pairwise(sizes)]
         self._bases: dict[int, float] = {}
-        self._knots: dict[int, Floats] = {}
-        self._curves: dict[tuple[int, int], tuple[Floats, Floats]] = {}
+        self._knots: dict[int, Seconds] = {}
+        self._curves: dict[tuple[int, int], tuple[Seconds, Seconds]] = {}
         self._expected: dict[tuple[int, int], float] = {}
 
     def seconds(self, num_tokens: int, num_spans: int = 1) -> float:
@@ -112,7 +112,7 @@ class StepTimes:
             self._bases[num_tokens] = base_s
         return base_s + self.span_s * (num_spans - 1)
 
-    def table(self, stop: int, num_spans: int = 1) -> Floats:
+    def table(self, stop: int, num_spans: int = 1) -> Seconds:
         """Seconds by number of tokens, corrected, for steps with so many spans.
 
         returns  [stop] read-only; entry 0 is 0.0 and from entry 1 on it never decreases: linear
@@ -120,7 +120,7 @@ class StepTimes:
         """
         return self._curves_for(stop, num_spans)[0]
 
-    def hull(self, stop: int, num_spans: int = 1) -> Floats:
+    def hull(self, stop: int, num_spans: int = 1) -> Seconds:
         """The greatest convex function below `table` from entry 1 on; entry 0 is 0.0.
 
         returns  [stop] read-only; equal to the table at 1 and at stop - 1
@@ -183,12 +183,12 @@ class StepTimes:
         seconds = [float(each) for each in data["seconds"]]
         return cls(sizes, seconds, float(data["span_s"]), float(data["spread"]))
 
-    def _at_spans(self, num_spans: int) -> Floats:
+    def _at_spans(self, num_spans: int) -> Seconds:
         """Measured seconds at the measured sizes, for steps with so many spans."""
         assert num_spans >= 1
         return self._measured + self.span_s * (num_spans - 1)
 
-    def _knots_for(self, num_spans: int) -> Floats:
+    def _knots_for(self, num_spans: int) -> Seconds:
         """Corrected seconds at the measured sizes, never decreasing."""
         knots = self._knots.get(num_spans)
         if knots is None:
@@ -197,7 +197,7 @@ class StepTimes:
             self._knots[num_spans] = knots
         return knots
 
-    def _line(self, num_tokens: npt.NDArray[Any], knots: Floats) -> Floats:
+    def _line(self, num_tokens: npt.NDArray[Any], knots: Seconds) -> Seconds:
         """Linear between knots; beyond the last, the mean slope of the last octave.
 
         One size alone says nothing of the slope: then time is taken to be proportional.
@@ -212,7 +212,7 @@ class StepTimes:
         inside = np.interp(num_tokens, self._sizes, knots)
         return np.asarray(inside + slope * np.maximum(0, num_tokens - last), np.float64)
 
-    def _curves_for(self, stop: int, num_spans: int) -> tuple[Floats, Floats]:
+    def _curves_for(self, stop: int, num_spans: int) -> tuple[Seconds, Seconds]:
         """Table and hull."""
         curves = self._curves.get((stop, num_spans))
         if curves is None:
@@ -224,7 +224,7 @@ class StepTimes:
             self._curves[stop, num_spans] = curves
         return curves
 
-    def _draw(self, stop: int, num_spans: int) -> tuple[Floats, Floats]:
+    def _draw(self, stop: int, num_spans: int) -> tuple[Seconds, Seconds]:
         table, hull = np.zeros(stop), np.zeros(stop)
         if stop > 1:
             table[1:] = self._line(np.arange(1, stop), self._knots_for(num_spans))
@@ -240,7 +240,7 @@ def _median(values: Iterable[float]) -> float:
     return ordered[len(ordered) // 2]
 
 
-def _isotonic(values: Floats, weights: Floats) -> Floats:
+def _isotonic(values: Seconds, weights: npt.NDArray[np.float64]) -> Seconds:
     """The nearest values, by weighted least squares, that never decrease (pool adjacent ones)."""
     means: list[float] = []
     masses: list[float] = []
