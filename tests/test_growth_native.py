@@ -11,7 +11,7 @@ from specinfer.config import Speculation
 from specinfer.draft.rounds import Prices
 from specinfer.engine.controller import Controller
 from specinfer.engine.engine import StepTrace
-from specinfer.engine.stats import TimedDrafter
+from specinfer.engine.timed_drafter import TimedDrafter
 from specinfer.llm import LLM
 from specinfer.ops.native import kernels
 from specinfer.request import SamplingParams

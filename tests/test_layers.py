@@ -48,7 +48,8 @@ WITHOUT_TORCH = (
     *("errors.py", "config.py", "request.py", "tree.py", "verify.py", "baselines.py"),
     "lumping.py",
     *("cache/blocks.py", "engine/scheduler.py", "engine/times.py", "engine/chains.py"),
-    *("engine/choice.py", "engine/lengths.py", "engine/trial.py", "engine/urgency.py"),
+    *("engine/choice.py", "engine/goodput.py", "engine/host.py", "engine/lengths.py"),
+    *("engine/stats.py", "engine/trial.py", "engine/urgency.py"),
     *("text/stream.py", "text/template.py", "text/tokenizer.py"),
 )
 

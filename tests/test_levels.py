@@ -15,7 +15,8 @@ from specinfer.draft.base import DrafterFailedError, Planned
 from specinfer.draft.growth import Grown, Growth
 from specinfer.draft.model import ModelDrafter
 from specinfer.draft.shapes import PathsShape, Shape, ShapeBuilder, TreeShape
-from specinfer.engine.stats import EngineStats, TimedDrafter
+from specinfer.engine.stats import EngineStats
+from specinfer.engine.timed_drafter import TimedDrafter
 from specinfer.history import History
 from specinfer.models.decoder import Decoder
 from specinfer.ops.transfer import to_host

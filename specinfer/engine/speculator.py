@@ -19,7 +19,8 @@ from specinfer.engine.controller import Controller
 from specinfer.engine.measure import Report
 from specinfer.engine.scheduler import Job
 from specinfer.engine.sequence import Sequence
-from specinfer.engine.stats import EngineStats, StepLoad, TimedDrafter
+from specinfer.engine.stats import EngineStats, StepLoad
+from specinfer.engine.timed_drafter import TimedDrafter
 from specinfer.engine.urgency import urgency
 from specinfer.engine.work import Work
 from specinfer.errors import ConfigError
