@@ -19,13 +19,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from specinfer.llm import LLM
-    from specinfer.request import (
-        CompletionOutput,
-        Logprob,
-        RequestOutput,
-        RequestStats,
-        SamplingParams,
-    )
+    from specinfer.outputs import CompletionOutput, Logprob, RequestOutput, RequestStats
+    from specinfer.request import SamplingParams
     from specinfer.structured import StructuredOutputsParams
 
 __version__ = "0.1.0"
@@ -54,11 +49,11 @@ __all__ = [  # noqa: RUF022 - plain alphabetical order
 
 _MODULES = {
     "AsyncLLM": "async_llm",
-    "CompletionOutput": "request",
+    "CompletionOutput": "outputs",
     "LLM": "llm",
-    "Logprob": "request",
-    "RequestOutput": "request",
-    "RequestStats": "request",
+    "Logprob": "outputs",
+    "RequestOutput": "outputs",
+    "RequestStats": "outputs",
     "SamplingParams": "request",
     "Speculation": "config",
     "StructuredOutputsParams": "structured",

@@ -20,7 +20,8 @@ from typing import Any
 
 from specinfer.errors import ConfigError, SpecInferError
 from specinfer.llm import LLM, Pending, Prompt, not_finite
-from specinfer.request import RequestOutput, SamplingParams
+from specinfer.outputs import RequestOutput
+from specinfer.request import SamplingParams
 
 Command = Callable[[], None]
 

@@ -16,7 +16,7 @@ from typing import Literal
 from rich.cells import cell_len
 from rich.text import Text
 
-from specinfer.request import StepTree
+from specinfer.outputs import StepTree
 
 State = Literal["root", "accepted", "drafted", "target"]
 

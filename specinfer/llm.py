@@ -19,8 +19,9 @@ from specinfer.engine.build import build_engine
 from specinfer.engine.engine import Engine
 from specinfer.engine.sequence import Sequence as EngineSequence
 from specinfer.errors import ConfigError, ModelError, RequestError
+from specinfer.outputs import Logprobs, RequestOutput, RequestStats
 from specinfer.progress import count_tokens, show_loading, show_measuring
-from specinfer.request import Logprobs, RequestOutput, RequestStats, SamplingParams
+from specinfer.request import SamplingParams
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]

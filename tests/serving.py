@@ -16,7 +16,8 @@ import uvicorn
 
 from specinfer.async_llm import AsyncLLM, StepUpdate
 from specinfer.engine.scheduler import Job
-from specinfer.request import CompletionOutput, RequestOutput, RequestStats, SamplingParams
+from specinfer.outputs import CompletionOutput, RequestOutput, RequestStats
+from specinfer.request import SamplingParams
 from specinfer.serve.app import make_app
 from specinfer.serve.settings import ServerSettings
 from specinfer.serve.state import Service

@@ -8,7 +8,8 @@ import pytest
 
 from specinfer.async_llm import AsyncLLM
 from specinfer.errors import ModelError, RequestError, SpecInferError
-from specinfer.request import RequestOutput, SamplingParams
+from specinfer.outputs import RequestOutput
+from specinfer.request import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 

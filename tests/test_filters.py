@@ -18,7 +18,8 @@ from specinfer.config import PAPER_TREE
 from specinfer.draft.growth import Growth
 from specinfer.errors import RequestError
 from specinfer.llm import LLM
-from specinfer.request import Logprob, RequestOutput, SamplingParams
+from specinfer.outputs import Logprob, RequestOutput
+from specinfer.request import SamplingParams
 from tests.engines import toy_decoder, toy_engine
 from tests.test_identity import Pair, is_empty
 

@@ -16,7 +16,8 @@ from benchmarks.prompts import load_chats
 from specinfer.config import PAPER_TREE, Speculation
 from specinfer.errors import RequestError
 from specinfer.llm import LLM
-from specinfer.request import CompletionOutput, RequestOutput, SamplingParams
+from specinfer.outputs import CompletionOutput, RequestOutput
+from specinfer.request import SamplingParams
 from tests.engines import free_blocks
 
 DRAFTER = "zoo:parley-draft"

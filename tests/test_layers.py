@@ -6,8 +6,8 @@
     4 run          run
     3 models       models: of the floors below, only the ground and ops
     2 mechanism    ops, cache, text, grammar: not each other, and no tree
-    1 mathematics  structured < request < tree < history < logits < sampling < verify
-                   < baselines < lumping
+    1 mathematics  structured < request < outputs < tree < history < logits < sampling
+                   < verify < baselines < lumping
     0 ground       errors < paths < config < dist
 
 Imports inside functions and under TYPE_CHECKING count as well.
@@ -24,8 +24,8 @@ PACKAGE = ROOT / "specinfer"
 
 GROUND = ("errors", "paths", "config", "dist")
 MATHEMATICS = (
-    *("structured", "request", "tree", "history", "logits", "sampling", "verify", "baselines"),
-    "lumping",
+    *("structured", "request", "outputs", "tree", "history", "logits", "sampling", "verify"),
+    *("baselines", "lumping"),
 )
 MECHANISM = ("ops", "cache", "text", "grammar")
 FACES = (
@@ -45,7 +45,7 @@ FLOORS: dict[str, int] = {
 }
 # What is tested in milliseconds because it knows no tensor
 WITHOUT_TORCH = (
-    *("errors.py", "config.py", "request.py", "tree.py", "verify.py", "baselines.py"),
+    *("errors.py", "config.py", "request.py", "outputs.py", "tree.py", "verify.py", "baselines.py"),
     "lumping.py",
     *("cache/blocks.py", "engine/scheduler.py", "engine/times.py", "engine/chains.py"),
     *("engine/choice.py", "engine/goodput.py", "engine/host.py", "engine/lengths.py"),

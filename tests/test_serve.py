@@ -12,7 +12,8 @@ from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, OpenAI
 
 from specinfer.async_llm import AsyncLLM
-from specinfer.request import RequestOutput, RequestStats, SamplingParams
+from specinfer.outputs import RequestOutput, RequestStats
+from specinfer.request import SamplingParams
 from specinfer.serve.state import Service
 from specinfer.serve.usage import usage_of
 from tests.engines import free_blocks

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from specinfer.async_llm import AsyncLLM
-from specinfer.request import RequestOutput, SamplingParams
+from specinfer.outputs import RequestOutput
+from specinfer.request import SamplingParams
 from specinfer.serve.app import make_app
 from tests.engines import free_blocks
 from tests.serving import Held, service_of, until

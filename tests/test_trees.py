@@ -2,7 +2,7 @@
 
 import json
 
-from specinfer.request import StepTree, TreeNode, TreeSlot, TreeToken
+from specinfer.outputs import StepTree, TreeNode, TreeSlot, TreeToken
 from specinfer.serve.trees import tree_event
 
 WORDS = {0: "the", 1: " cat", 2: " dog", 3: "<|end|>"}

@@ -12,7 +12,7 @@ from specinfer.cache.blocks import BlockAllocator, Pages
 from specinfer.config import EngineConfig
 from specinfer.engine.scheduler import Job, Scheduler
 from specinfer.engine.stats import EngineStats
-from specinfer.request import RequestStats
+from specinfer.outputs import RequestStats
 from specinfer.run.batch import Span
 
 Path = tuple[Any, ...] | None

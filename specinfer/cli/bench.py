@@ -14,7 +14,8 @@ from specinfer.cli.options import Asked
 from specinfer.cli.report import check_writable
 from specinfer.config import Speculation
 from specinfer.errors import ConfigError
-from specinfer.request import RequestOutput, SamplingParams
+from specinfer.outputs import RequestOutput
+from specinfer.request import SamplingParams
 
 if TYPE_CHECKING:
     from specinfer.bench import Spread, System

@@ -12,7 +12,8 @@ from specinfer.errors import CapacityError, RequestError
 
 if TYPE_CHECKING:
     from specinfer.llm import LLM
-    from specinfer.request import RequestOutput, SamplingParams
+    from specinfer.outputs import RequestOutput
+    from specinfer.request import SamplingParams
 
 _HELP = "/reset forgets the conversation, /exit ends (as does Ctrl-D); Ctrl-C stops an answer"
 

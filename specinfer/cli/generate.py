@@ -15,7 +15,8 @@ from specinfer.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from specinfer.llm import LLM
-    from specinfer.request import RequestOutput, SamplingParams
+    from specinfer.outputs import RequestOutput
+    from specinfer.request import SamplingParams
 
 PromptArgument = Annotated[
     str | None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from specinfer.errors import ConfigError
-from specinfer.request import RequestOutput, RequestStats
+from specinfer.outputs import RequestOutput, RequestStats
 
 if TYPE_CHECKING:
     from specinfer.llm import LLM

@@ -24,7 +24,8 @@ from specinfer.engine.tracing import StepTime, chances_of, keep_trees
 from specinfer.engine.verification import rows_kept, verify_works
 from specinfer.engine.work import Work
 from specinfer.errors import RequestError
-from specinfer.request import Logprobs, SamplingParams
+from specinfer.outputs import Logprobs
+from specinfer.request import SamplingParams
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
 from specinfer.text.tokenizer import Tokenizer

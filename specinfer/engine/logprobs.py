@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specinfer.engine.work import Work
 from specinfer.ops.transfer import to_host
-from specinfer.request import Logprob, Logprobs
+from specinfer.outputs import Logprob, Logprobs
 from specinfer.text.tokenizer import Tokenizer
 from specinfer.verify import Verdict
 

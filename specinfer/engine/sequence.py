@@ -10,13 +10,8 @@ from specinfer.config import IID_VERIFIERS, Draw, Speculation, VerifierName
 from specinfer.draft.calibration import COLDEST_DRAW, Fortune, Regime, regime_of
 from specinfer.engine.choice import DrafterChoice
 from specinfer.engine.constraints import Constraints
-from specinfer.request import (
-    CompletionOutput,
-    Logprobs,
-    RequestStats,
-    SamplingParams,
-    StepTree,
-)
+from specinfer.outputs import CompletionOutput, Logprobs, RequestStats, StepTree
+from specinfer.request import SamplingParams
 from specinfer.sampling import SeededNoise, request_generator
 from specinfer.text.stream import IncrementalDetokenizer, StopStrings
 from specinfer.text.tokenizer import Tokenizer

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from specinfer.request import RequestStats
+from specinfer.outputs import RequestStats
 
 PARTS = ("schedule", "draft", "grow", "target", "verify", "commit")
 """draft: the drafters' passes; grow: making trees of what they said; target: the target's pass."""

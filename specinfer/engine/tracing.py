@@ -11,7 +11,7 @@ from torch import Tensor
 from specinfer.draft.growth import Grown
 from specinfer.engine.verification import laws_of
 from specinfer.engine.work import Work
-from specinfer.request import StepTree, TreeNode, TreeSlot, TreeToken
+from specinfer.outputs import StepTree, TreeNode, TreeSlot, TreeToken
 from specinfer.tree import Law
 from specinfer.verify import Verdict
 

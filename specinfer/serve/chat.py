@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from specinfer.errors import RequestError
-from specinfer.request import CompletionOutput, RequestOutput
+from specinfer.outputs import CompletionOutput, RequestOutput
 from specinfer.serve.deltas import Delta, Sent
 from specinfer.serve.errors import ApiError
 from specinfer.serve.logprobs import TokenNames, chat_logprobs, prompt_logprobs

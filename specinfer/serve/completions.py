@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from specinfer.request import CompletionOutput, RequestOutput
+from specinfer.outputs import CompletionOutput, RequestOutput
 from specinfer.serve.deltas import Sent
 from specinfer.serve.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from specinfer.serve.params import check_stream, completion_params

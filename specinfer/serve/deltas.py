@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from specinfer.request import CompletionOutput
+from specinfer.outputs import CompletionOutput
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from specinfer.async_llm import StepUpdate
 from specinfer.engine.engine import Engine
 from specinfer.engine.stats import PARTS
-from specinfer.request import RequestOutput
+from specinfer.outputs import RequestOutput
 
 _FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0),

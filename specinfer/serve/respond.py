@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from specinfer import __version__
 from specinfer.async_llm import StepUpdate
-from specinfer.request import CompletionOutput, RequestOutput
+from specinfer.outputs import CompletionOutput, RequestOutput
 from specinfer.serve.errors import as_api_error
 from specinfer.serve.schema import SamplingBody, StreamOptions
 from specinfer.serve.sse import DONE, EventStream, encode, event, until_disconnect

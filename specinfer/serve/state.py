@@ -9,7 +9,8 @@ from typing import Any
 from starlette.datastructures import State
 
 from specinfer.async_llm import AsyncLLM, OutputStream, StepUpdate
-from specinfer.request import RequestOutput, SamplingParams
+from specinfer.outputs import RequestOutput
+from specinfer.request import SamplingParams
 from specinfer.serve.errors import ApiError
 from specinfer.serve.logprobs import TokenNames
 from specinfer.serve.metrics import Metrics, Timeline

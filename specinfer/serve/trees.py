@@ -11,7 +11,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from specinfer.request import StepTree, TreeNode, TreeSlot, TreeToken
+from specinfer.outputs import StepTree, TreeNode, TreeSlot, TreeToken
 
 _MICROSECOND = 3  # decimals of a millisecond
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-from specinfer.request import RequestOutput, RequestStats
+from specinfer.outputs import RequestOutput, RequestStats
 
 
 def usage_of(outputs: Iterable[RequestOutput]) -> dict[str, Any]:
