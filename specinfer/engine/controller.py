@@ -137,7 +137,10 @@ class Controller:
     def _kept(
         self, key: tuple[float, ...], versions: tuple[int, ...], compute: Callable[[], _T]
     ) -> _T:
-        """What was computed from tables of times, until there are others."""
+        """What was computed from tables of times, until there are others.
+
+        key  one dictionary holds all kinds: no two kinds have keys of one length
+        """
         known = self._computed.get(key)
         if known is None or known[0] != versions:
             if len(self._computed) >= _MAX_COMPUTED:
