@@ -658,6 +658,25 @@ def test_two_models_are_both_tried_and_the_better_is_kept(target: Decoder, other
         assert not drafter._drafter._states  # type: ignore[attr-defined]
 
 
+def test_a_text_may_outgrow_all_models_that_were_chosen_among(
+    target: Decoder, other: Decoder
+) -> None:
+    """Then n-grams alone are asked, which is none of the choices."""
+    models = [model_drafter(each, 3200) for each in (target, other)]
+    for model in models:
+        model.max_positions = 24
+    engine = toy_engine(
+        target, [*models, NgramDrafter()], num_blocks=800, measure=measured(1e-5, 1e-3, 1e-3, None)
+    )
+    params = SamplingParams(max_tokens=44, temperature=0.0)
+    (sequence,) = run(engine, [[1, 2]], [params])
+    assert sequence.choice is not None
+    assert "ngram" in sequence.stats.accepted_by_source
+    assert outputs_of([sequence]) == outputs_of(
+        run(toy_engine(target, num_blocks=400), [[1, 2]], [params])
+    )
+
+
 @pytest.mark.parametrize("verifier", ["kseq", "gbv"])
 def test_verifiers_for_one_drafter_refuse_two(
     target: Decoder, other: Decoder, verifier: VerifierName

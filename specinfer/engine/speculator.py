@@ -198,7 +198,9 @@ class Speculator:
         emitting = [work for work in works if work.num_logits]
         for work, verdict in zip(emitting, verdicts, strict=True):
             choice = work.job.sequence.choice
-            if choice is not None and work.grown is not None:
+            if choice is None or work.grown is None:
+                continue
+            if tuple(work.sources) in choice.arms:  # not where no model could be asked this time
                 cost = sum(
                     self.controller.pass_s(one) / one.num_spans
                     for one in self._stats.passes
