@@ -22,6 +22,7 @@ from specinfer.models.decoder import Decoder
 from specinfer.request import SamplingParams
 from specinfer.tree import TokenTree
 from tests.engines import (
+    LETTERS,
     ScriptedDrafter,
     Told,
     finish,
@@ -32,6 +33,7 @@ from tests.engines import (
     outputs_of,
     toy_decoder,
     toy_engine,
+    toy_tokenizer,
 )
 from tests.helpers import children
 
@@ -520,7 +522,7 @@ def test_every_request_may_speculate_in_its_own_way(
 # --- predictions ----------------------------------------------------------------------------------
 
 
-def predicted(prediction: list[int], **changes: Any) -> SamplingParams:
+def predicted(prediction: list[int] | str, **changes: Any) -> SamplingParams:
     return SamplingParams(max_tokens=24, temperature=0.0, prediction=prediction, **changes)
 
 
@@ -570,8 +572,10 @@ def test_a_seed_gives_one_text_with_any_prediction(target: Decoder, temperature:
 
 def test_a_prediction_needs_tokens_that_the_model_has(target: Decoder) -> None:
     engine = toy_engine(target)
-    with pytest.raises(RequestError, match=f"the prediction has token id {VOCAB} "):
-        engine.add("bad", [1], predicted([1, VOCAB]))
+    engine.tokenizer = toy_tokenizer(VOCAB + 1)  # that knows more than the model
+    for bad in ([1, VOCAB], LETTERS[VOCAB]):
+        with pytest.raises(RequestError, match=f"the prediction has token id {VOCAB} "):
+            engine.add("bad", [1], predicted(bad))
     for nothing in ([], ""):
         (sequence,) = run(engine, [[1]], [SamplingParams(max_tokens=3, prediction=nothing)])
         assert num_drafted([sequence]) == 0

@@ -256,7 +256,7 @@ class Engine:
         """The predicted output in tokens the model knows."""
         prediction = params.prediction or ()
         if isinstance(prediction, str):
-            return self.tokenizer.encode(prediction, add_special_tokens=False)
+            prediction = self.tokenizer.encode(prediction, add_special_tokens=False)
         self._check_tokens("the prediction", prediction)
         return prediction
 
