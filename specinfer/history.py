@@ -77,8 +77,8 @@ class Edits:
 
     def admits(self, row: int, token: int) -> bool:
         """Whether a token may come at all."""
-        bits = self.allowed.get(row)
-        if bits is not None and not bits[token >> 3] >> (token & 7) & 1:
+        bits, place = self.allowed.get(row), token >> 3  # a tokenizer may know more than the model
+        if bits is not None and (place >= len(bits) or not bits[place] >> (token & 7) & 1):
             return False
         return token not in self.banned.get(row, ())
 
