@@ -1,10 +1,12 @@
 """A drafter that raises is dropped; the step goes on, exactly, and so do the other drafters."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from specinfer.config import EngineConfig, Speculation
@@ -13,7 +15,15 @@ from specinfer.draft.ngram import NgramDrafter
 from specinfer.engine.engine import Engine
 from specinfer.models.decoder import Decoder
 from specinfer.request import SamplingParams
-from tests.engines import finish, free_blocks, model_drafter, outputs_of, toy_decoder, toy_engine
+from tests.engines import (
+    far_away,
+    finish,
+    free_blocks,
+    model_drafter,
+    outputs_of,
+    toy_decoder,
+    toy_engine,
+)
 
 VOCAB = 24
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
@@ -126,6 +136,56 @@ def test_a_drafter_that_fails_while_it_catches_up(
     finish(engine)
     assert [sequence.num_output for sequence in sequences] == [12, 12]
     assert list(engine.stats.failed_drafters) == [drafter.name]
+
+
+class Odd:
+    """A drafter of which each call's last row is no law."""
+
+    name, max_positions = "odd", 1 << 30
+
+    def __init__(self, value: float, place: int | slice) -> None:
+        self._value, self._place, self._num_calls = value, place, 0
+
+    def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Tensor:
+        self._num_calls += 1
+        generator = torch.Generator().manual_seed(self._num_calls)
+        rows = torch.randn(sum(len(nodes) for _, nodes in frontier), VOCAB, generator=generator)
+        rows[-1, self._place] = self._value
+        return rows
+
+    def admit(self, accepted: Any) -> None: ...
+
+    def drop(self, key: int) -> None: ...
+
+
+@pytest.mark.parametrize("tree", ["2,2,1", "calibrated", "best-first", "sequoia", "2x3"])
+@pytest.mark.parametrize(
+    ("value", "place"), [(math.nan, slice(None)), (math.inf, 3), (-math.inf, slice(None))]
+)
+def test_rows_that_are_no_law_propose_nothing(
+    target: Decoder, tree: str, value: float, place: int | slice
+) -> None:
+    """Picked, drawn, and drawn far away, where laws are cut; the other rows do propose."""
+    params = [*PARAMS, SamplingParams(max_tokens=24), SamplingParams(max_tokens=24, top_p=0.9)]
+    for is_far in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if is_far:
+                far_away(patch, support=5)
+            engine = engine_of(target, [Odd(value, place)], tree)
+            sequences = [engine.add(str(n), [n + 1], each)[0] for n, each in enumerate(params)]
+            finish(engine)
+        assert [sequence.num_output for sequence in sequences] == [24] * len(params)
+        assert outputs_of(sequences[:2]) == outputs_of(
+            finished(plain_engine(target), [[1], [2]], params[:2])
+        )
+        assert engine.stats.sums.num_drafted > 0
+        assert not engine.stats.failed_drafters
+
+
+def finished(engine: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
+    sequences = [engine.add(str(p), p, each)[0] for p, each in zip(prompts, params, strict=True)]
+    finish(engine)
+    return sequences
 
 
 def test_the_log_says_so_once(target: Decoder, caplog: pytest.LogCaptureFixture) -> None:

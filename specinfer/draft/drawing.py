@@ -49,7 +49,7 @@ class _Law:
         if self.mass < 1e-6:
             return 0.0
         best = next((p for token, p in self.top if token not in seen), self.top[-1][1])
-        return min(1.0, best / self.mass)
+        return min(1.0, best / self.mass) if best > 0 else 0.0  # NaN: what is no law says nothing
 
     def draw(self, rng: np.random.Generator) -> tuple[int, float]:
         """A token that was not struck out, and its probability."""

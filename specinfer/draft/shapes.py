@@ -254,7 +254,8 @@ class _Slots:
             self._drawable = Drawable.of(self._said.laws)
         add = add_iid if growth.draw == "iid" else add_without_replacement
         rows, tokens = self._drawable.rows, self._drawable.tokens
-        add(tree, node, rows, row, width, growth.rng, source=source, tokens=tokens)
+        if rows[row, 0] >= 0:  # NaN: what is no law says nothing
+            add(tree, node, rows, row, width, growth.rng, source=source, tokens=tokens)
 
     def _likeliest(self, row: int) -> list[int]:
         if self._picks is None:
