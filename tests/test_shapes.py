@@ -11,6 +11,8 @@ from torch import Tensor
 from specinfer import sampling
 from specinfer.config import Draw
 from specinfer.draft.base import Draft
+from specinfer.draft.builders import SequoiaBuilder
+from specinfer.draft.calibration import Calibration
 from specinfer.draft.growth import Grown, Growth
 from specinfer.draft.shapes import PathsShape, ShapeBuilder, TreeShape, best_shapes
 from specinfer.logits import RowFilters, target_laws
@@ -332,3 +334,17 @@ def test_sequoias_size_follows_the_times() -> None:
         assert cost[num_nodes, depth] == pytest.approx(min(cost.values()))
     assert (num_nodes, depth) == (0, 0)  # where nothing is worth its time
     assert table.shape(0, 0).count(0) == 0
+
+
+def test_sequoia_drafts_nothing_where_there_are_fewer_nodes_than_drafters() -> None:
+    """Memory may leave any number; the other request's tree is what it is alone."""
+    trees = []
+    for most in ((1, 6), (6,)):
+        asked = [growth("pick", key=max_nodes) for max_nodes in most]
+        for one, max_nodes in zip(asked, most, strict=True):
+            one.max_nodes = max_nodes
+        builder = SequoiaBuilder(Calibration())
+        trees.append([each.tree for each in builder.grow(asked, [Oracle(1), Oracle(2)])])
+    assert [len(tree) for tree in trees[0]] == [1, len(trees[1][0])]
+    assert trees[0][1].tokens == trees[1][0].tokens
+    assert len(trees[1][0]) > 3

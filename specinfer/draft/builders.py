@@ -70,6 +70,8 @@ class SequoiaBuilder:
         return [grown[index] for index in range(len(growths))]
 
     def _shape(self, regime: Regime, num_nodes: int, depth: int) -> TreeShape:
+        if num_nodes == 0:  # there is room for fewer nodes than drafters
+            return TreeShape.of_widths(())
         table = best_shapes(self._calibration.places(regime), num_nodes, depth)
         if self._target_s is not None:
             num_nodes, depth = table.fastest(self._draft_s, self._target_s)
