@@ -228,9 +228,17 @@ def order_of_groups(path):
     save_file(tensors, path / "model.safetensors")
 
 
+def rounded_embedding(path):
+    tensors = load_file(path / "model.safetensors")
+    name = "model.embed_tokens"
+    tensors |= encode(INT8, name, tensors.pop(name + ".weight"), torch.float32)
+    save_file(tensors, path / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "kind", "words"),
     [
+        (rounded_embedding, UnsupportedModelError, "embed_tokens is quantised"),
         (half_rounded, UnsupportedModelError, "q_proj, .*k_proj.* only some are quantised"),
         (no_scales_of_one_output, CheckpointError, r"down_proj.weight_scale has shape \[1, 1\]"),
         (order_of_groups, CheckpointError, "down_proj.weight_g_idx, which config.json does not"),

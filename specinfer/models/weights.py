@@ -244,15 +244,21 @@ class _Loader:
     def _scheme(self, name: str, parts: tuple[_Part, ...]) -> Quantization | None:
         """How one of our parameters is held.
 
-        raises  UnsupportedModelError where the checkpoint rounds only some of what we fuse
+        raises  UnsupportedModelError where the checkpoint rounds only some of what we fuse, or what
+                is no linear
         """
         asked, stored = self.rounding
         module_name, _, kind = name.rpartition(".")
         if asked is None or kind != "weight":
             return None
-        if not isinstance(self.decoder.get_submodule(module_name), Linear):
-            return None
         rounded = [self._is_rounded(part) for part in parts]
+        if not isinstance(self.decoder.get_submodule(module_name), Linear):
+            if any(rounded):
+                raise UnsupportedModelError(
+                    f"{self.checkpoint.path}: {parts[0].module} is quantised: use a checkpoint in "
+                    "which only linears are"
+                )
+            return None
         if any(rounded):
             if not all(rounded):
                 raise UnsupportedModelError(
