@@ -11,6 +11,7 @@ from specinfer.models.weights import load_decoder
 from specinfer.ops.attention import Segment, attention_reference
 from specinfer.ops.native import NativeRows, build, can_attend, kernels
 from specinfer.ops.native.segments import attend
+from specinfer.run import native
 from specinfer.run.batch import Span
 from specinfer.run.runner import Runner
 from tests.test_decoder import CASES, flat_logits, random_sequences, save_random, toy_config
@@ -126,6 +127,46 @@ def run_chain(runner: Runner, tokens: list[int]) -> torch.Tensor:
     return runner.run([Span(tokens, range(length), pages, 0, 0, None, length)])
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MistralForCausalLM"])
+def test_a_step_computed_in_parts_is_the_whole_step_to_the_bit(name, tmp_path, monkeypatch):
+    """Chains, one behind a prefix, and a tree; all, some and none of their logits."""
+    save_random(CASES[name], tmp_path)
+    decoder = load_decoder(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 61, 200).tolist()
+    parents = [-1, 0, 0, 1, 3, 2, 5, 5, 0, 4, 9]
+    mask = tree_mask(parents)
+    depths = mask.sum(1) - 1
+
+    def spans() -> list[Span]:
+        pages = [Pages(range(start, start + 50), 1) for start in range(0, 200, 50)]
+        return [
+            Span(tokens[:40], range(40), pages[0], 0, 0, None, 40),
+            Span(tokens[40:51], (10 + depths).tolist(), pages[1], 10, 10, mask, 11),
+            Span(tokens[60:67], range(10, 17), pages[2], 10, 10, None, 2),
+            Span(tokens[70:100], range(30), pages[3], 0, 0, None, 0),
+        ]
+
+    def run(most_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr(native, "_MOST_TOKENS", most_tokens)
+        runner = Runner(decoder, 200)
+        for slots in (range(50, 60), range(100, 110)):
+            runner.run([Span(tokens[:10], range(10), Pages(slots, 1), 0, 0, None, 0)])
+        step = runner.native._run_step
+        monkeypatch.setattr(
+            runner.native, "_run_step", lambda *each: calls.append(0) or step(*each)
+        )
+        calls.clear()
+        return runner.run(spans()), runner.pool._pages
+
+    calls: list[int] = []
+    whole = run(1000)
+    assert len(calls) == 1
+    for most_tokens in (1, 7, 30, 87):
+        parts = run(most_tokens)
+        assert len(calls) > 1
+        assert all(map(torch.equal, parts, whole))
+
+
 def test_a_step_of_odd_sizes_reads_nothing_beside_them(tmp_path):
     """In bfloat16 a word is two inputs: where one is left, what stands behind it is not read."""
     require(torch.bfloat16)
@@ -149,9 +190,12 @@ def test_a_step_of_odd_sizes_reads_nothing_beside_them(tmp_path):
 def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
     save_random(CASES["LlamaForCausalLM"], tmp_path)
     runner = Runner(load_decoder(tmp_path), 400)
+    pages = runner.pool._pages.clone()
     for wrong in (61, -1):
-        with pytest.raises(IndexError, match="0 to 60"):
-            run_chain(runner, [1, wrong, 2])
+        for num_before in (1, 300):  # in one part and in two
+            with pytest.raises(IndexError, match="0 to 60"):
+                run_chain(runner, [1] * num_before + [wrong])
+    assert torch.equal(runner.pool._pages, pages)
 
 
 def test_a_step_heeds_no_default_type(tmp_path, monkeypatch):

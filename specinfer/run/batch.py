@@ -1,7 +1,7 @@
 """Requests' parts of a step, flattened into one ragged list of tokens."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +84,44 @@ class Batch:
     slots: slice | Tensor
     segments: list[Segment]
     logits_rows: Tensor | None
+
+
+def cut(spans: Sequence[Span], most_tokens: int) -> Iterator[list[Span]]:
+    """Parts of about equal size and at most so many tokens, to be computed one after the other.
+
+    A chain is cut anywhere: what stands before it is then its prefix. A tree stays whole, whatever
+    its size.
+    """
+    num_tokens = sum(len(span.tokens) for span in spans)
+    most_tokens = -(-num_tokens // max(1, -(-num_tokens // most_tokens)))
+    part, room = list[Span](), most_tokens
+    for span in spans:
+        done, size = 0, len(span.tokens)
+        while done < size:
+            count = size - done if span.mask is not None else min(size - done, room)
+            if part and not 0 < count <= room:
+                yield part
+                part, room = [], most_tokens
+                continue
+            part.append(_piece(span, done, done + count))
+            done, room = done + count, room - count
+    if part:
+        yield part
+
+
+def _piece(span: Span, start: int, stop: int) -> Span:
+    size = len(span.tokens)
+    if stop - start == size:
+        return span
+    return replace(
+        span,
+        tokens=span.tokens[start:stop],
+        positions=span.positions[start:stop],
+        prefix=span.start + start,
+        start=span.start + start,
+        num_logits=max(0, stop - max(start, size - span.num_logits)),
+        region_positions=None,
+    )
 
 
 def lay_out(spans: Sequence[Span]) -> Flat:

@@ -29,11 +29,15 @@ from specinfer.ops.native import (
 )
 from specinfer.ops.native.segments import SegmentTable
 from specinfer.ops.packed import PackedWeight
-from specinfer.run.batch import Span, lay_out
+from specinfer.run.batch import Flat, Span, cut, lay_out
 
 # Structures of growth.h, field by field
 _OFFER = struct.Struct("=6qd")
 _PASS = struct.Struct("=2qd")
+
+_MOST_TOKENS = 256
+"""Tokens computed at once. What a step needs on the way, some 60 KB a token at the 1B cost, is kept
+from step to step; so many tokens are bound by arithmetic, and more of them gain nothing."""
 
 _FIRST_POSITIONS = 1024
 """Positions whose angles are computed at first; then twice as many whenever more are needed."""
@@ -96,15 +100,28 @@ class NativeSteps:
         )
 
     def run(self, spans: Sequence[Span]) -> Tensor:
-        """Compute spans as `Runner.run` does.
+        """Compute spans as `Runner.run` does, many tokens part by part.
 
         raises  IndexError for a token that is none of the vocabulary's, with nothing written
         """
         flat = lay_out(spans)
-        num_tokens, num_rows = len(flat.tokens), len(flat.rows)
-        logits = np.empty((num_rows, self._vocab_size), np.float32)
-        if num_tokens == 0:
+        logits = np.empty((len(flat.rows), self._vocab_size), np.float32)
+        if len(flat.tokens) <= _MOST_TOKENS:
+            self._run(flat, logits)
             return torch.from_numpy(logits)
+        if not 0 <= min(flat.tokens) <= max(flat.tokens) < self._vocab_size:
+            raise self._unknown_token()
+        start = 0
+        for part in map(lay_out, cut(spans, _MOST_TOKENS)):
+            stop = start + len(part.rows)
+            self._run(part, logits[start:stop])
+            start = stop
+        return torch.from_numpy(logits)
+
+    def _run(self, flat: Flat, logits: npt.NDArray[np.float32]) -> None:
+        num_tokens, num_rows = len(flat.tokens), len(flat.rows)
+        if num_tokens == 0:
+            return
         highest = max(flat.positions)
         if highest >= self._num_positions:
             self._make_angles(2 * highest)
@@ -135,8 +152,7 @@ class NativeSteps:
         )
         threads = torch.get_num_threads()
         if not self._run_step(ctypes.byref(self._model), ctypes.byref(step), threads):
-            raise IndexError(f"token ids must be 0 to {self._vocab_size - 1}")
-        return torch.from_numpy(logits)
+            raise self._unknown_token()
 
     def grow(
         self,
@@ -177,11 +193,14 @@ class NativeSteps:
             *(torch.get_num_threads(), expanded, passes),
         )
         if count < 0:
-            raise IndexError(f"token ids must be 0 to {self._vocab_size - 1}")
+            raise self._unknown_token()
         told = list(_PASS.iter_unpack(memoryview(passes)[: count * _PASS.size]))
         num_expanded = sum([num_nodes for num_nodes, _, _ in told])
         offers = _OFFER.iter_unpack(memoryview(expanded)[: num_expanded * _OFFER.size])
         return [(request, node) for _, request, node, *_ in offers], told
+
+    def _unknown_token(self) -> IndexError:
+        return IndexError(f"token ids must be 0 to {self._vocab_size - 1}")
 
     def _make_angles(self, num_positions: int) -> None:
         self._num_positions = num_positions
