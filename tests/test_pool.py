@@ -1,11 +1,17 @@
 """Model-free: the pages hold what was written, and keep an accepted path as a fresh cache would."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from specinfer.cache.blocks import Pages
 from specinfer.cache.pool import KVPool
+from specinfer.errors import CapacityError
 
 SHAPE = {"num_layers": 3, "kv_heads": 2, "head_dim": 4}
 
@@ -87,3 +93,42 @@ def test_bytes_per_slot_are_what_the_pages_take() -> None:
     pool = pool_of(10, torch.bfloat16)
     taken = sum(page.numel() * page.element_size() for n in range(3) for page in pool.layer(n))
     assert KVPool.bytes_per_slot(**SHAPE, dtype=torch.bfloat16) * 10 == taken
+
+
+TAKEN = """
+from pathlib import Path
+import torch
+from specinfer.cache.pool import KVPool
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+cpu = torch.device("cpu")
+pool = KVPool(
+    num_layers=3, kv_heads=2, head_dim=4, num_slots=1 << 20, dtype=torch.float32, device=cpu
+)
+before = resident()
+for layer in range(3):
+    pool.write(layer, slice(1000, 1001), torch.ones(1, 2, 4), torch.ones(1, 2, 4))
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_memory_is_taken_as_it_is_written() -> None:
+    """A token writes into 12 runs of 16 MiB: a page of each, in huge pages 512 times as many."""
+    done = subprocess.run(
+        [sys.executable, "-c", TAKEN],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"THP_MEM_ALLOC_ENABLE": "1"},  # as where weights were read
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < 12 * 512 / 4
+
+
+def test_more_than_there_is_is_refused() -> None:
+    for num_slots in (1 << 50, 1 << 62):
+        with pytest.raises(CapacityError, match="lower kv_cache_memory"):
+            pool_of(num_slots)

@@ -1,7 +1,12 @@
 """The K and V pages of one model: write new tokens, keep an accepted path."""
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
+
+from specinfer.errors import CapacityError
 
 
 class KVPool:
@@ -21,10 +26,16 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        # Not zeros: memory is touched as requests touch it, and no one reads what no one wrote.
+        """Room for so many slots; a processor's memory is taken as requests touch it.
+
+        raises  CapacityError where the system refuses so much
+        """
         self.num_slots = num_slots
         shape = (num_layers, 2, kv_heads, num_slots, head_dim)
-        self._pages = torch.empty(shape, dtype=dtype, device=device)
+        if device.type == "cpu":
+            self._pages = _untouched(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        else:  # no one reads what no one wrote
+            self._pages = torch.empty(shape, dtype=dtype, device=device)
         self._layers = [(layer[0], layer[1]) for layer in self._pages]
 
     @staticmethod
@@ -53,3 +64,21 @@ class KVPool:
             slots = torch.tensor([sources, targets])
             source, target = slots.to(self._pages.device, non_blocking=True)
             self._pages.index_copy_(3, target, self._pages.index_select(3, source))
+
+
+def _untouched(num_bytes: int) -> Tensor:
+    """Memory of which only what is written becomes resident, in pages of a few KB.
+
+    Torch's own stands in huge pages, of which each spans several heads' runs: 16 tokens of a model
+    of 0.3B made 254 MiB resident instead of 1. They gain a step 0 to 3 % behind 1,900 tokens, and
+    nothing that could be measured behind 512.
+    """
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise CapacityError(
+            f"{num_bytes} bytes for K and V could not be had ({error}): lower kv_cache_memory"
+        ) from error
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # where the system gives huge pages unasked
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
