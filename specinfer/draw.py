@@ -9,7 +9,7 @@ A drawing holds plain values, so that it outlives the step it was made from.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Literal
 
@@ -151,8 +151,48 @@ def place(step: DrawnStep, gap: float, width_of: Callable[[str], float]) -> list
 _STYLES = {"root": "bold", "accepted": "bold green", "drafted": "dim", "target": "bold cyan"}
 
 
-def to_text(step: DrawnStep) -> list[Text]:
-    """The tree as lines for rich; print them with `no_wrap=True`."""
+def to_text(step: DrawnStep, width: int | None = None) -> list[Text]:
+    """The tree as lines for rich; print them with `no_wrap=True`.
+
+    width   columns there are: what was emitted goes on below where they end; None: any number
+    """
+    first, *more = [_draw(piece) for piece in ([step] if width is None else _fold(step, width))]
+    above, lines = first, list(first)
+    for piece in more:
+        above[0].append(" …", "dim")
+        above = [Text("  ", "dim", no_wrap=True, overflow="ellipsis") for _ in piece]
+        for line, rest in zip(above, piece, strict=True):
+            line.append_text(rest)
+        above[0].plain = "…" + above[0].plain[1:]
+        lines += above
+    return lines
+
+
+def _fold(step: DrawnStep, width: int) -> list[DrawnStep]:
+    """Pieces whose emitted paths fit: each begins with the last node of the one before."""
+    spots = place(step, 3, lambda text: float(cell_len(text)))
+    path = [index for index, node in enumerate(step.nodes) if index == 0 or node.is_emitted]
+    ends = [spots[index][0] + cell_len(label(step.nodes[index])) for index in path]
+    fitting = [index for index, end in zip(path[1:], ends[1:], strict=True) if end <= width - 4]
+    if ends[-1] <= width - 2 or not fitting:
+        return [step]
+    cut = fitting[-1]
+    below = {cut}
+    for index in range(cut + 1, len(step.nodes)):
+        if step.nodes[index].parent in below:
+            below.add(index)
+    above = [index for index in range(len(step.nodes)) if index == cut or index not in below]
+    return [_part(step, above), *_fold(_part(step, sorted(below)), width)]
+
+
+def _part(step: DrawnStep, kept: Sequence[int]) -> DrawnStep:
+    """These nodes alone, the first of them the root."""
+    number = {index: new for new, index in enumerate(kept)}
+    nodes = (step.nodes[index] for index in kept)
+    return DrawnStep(tuple(replace(node, parent=number.get(node.parent, -1)) for node in nodes))
+
+
+def _draw(step: DrawnStep) -> list[Text]:
     spots = place(step, 3, lambda text: float(cell_len(text)))
     columns = [int(x) for x, _ in spots]
     rows = [row for _, row in spots]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,6 +89,18 @@ def test_help_cuts_no_name_off_in_a_narrow_terminal(
     monkeypatch.setenv("COLUMNS", "80")
     cut = [line for line in run(command, "--help").stdout.splitlines() if "…" in line]
     assert cut == []
+
+
+def test_help_speaks_of_flags_and_asks_switches_for_no_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for command in ([], ["generate"], ["serve"], ["bench"], ["bench", "serve"]):
+        assert "<bool>" not in run(*command, "--help").stdout
+    text = run("generate", "--help").stdout
+    assert "unless --include-stop-str-in-output" in text
+    assert "requests of --max-model-len" in text
+    assert "generation_config.json" in text
 
 
 def test_flags_become_the_dataclasses() -> None:
@@ -334,7 +347,17 @@ def test_chat_knows_its_commands() -> None:
     assert result.exit_code == 0
     assert "/nonsense is no command" in result.stderr
     assert "cut at max_tokens=3" in result.stderr
-    assert "per step)" in result.stderr
+    assert re.search(r"\(3 tokens, \d\.\d\d per step, \d+ per second\)", result.stderr)
+
+
+def test_chat_is_told_what_it_is_and_remembers(pair: LLM, loaded: LLM) -> None:
+    system = {"role": "system", "content": "You write fables."}
+    chat = [system, {"role": "user", "content": "Hello"}]
+    told = pair.chat(chat, SamplingParams(temperature=0, max_tokens=12))[0].outputs[0].text
+    stdin = "Hello\n/reset\nHello\n"
+    result = run(*CHAT, "--system", system["content"], stdin=stdin)
+    assert result.stdout == f"{told}\n{told}\n"
+    assert run(*CHAT, stdin="Hello\n").stdout != f"{told}\n"
 
 
 def test_chat_says_when_the_context_is_full(loaded: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,6 +430,14 @@ def test_tree_draws_in_the_terminal_and_as_svg(tmp_path: Path) -> None:
     words = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "Tell me a story" in words
     assert sum(word is not None and word.startswith("step ") for word in words) == 3
+
+
+@pytest.mark.usefixtures("loaded")
+def test_tree_is_whole_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    result = run("tree", *STORY, "--steps", "3", "--tree", "1,1,1,1,1,1,1,1")
+    assert "…" not in result.stdout
+    assert "·upon━━━·a━━━·time━━━,━━━" in result.stdout
 
 
 @pytest.mark.usefixtures("loaded")

@@ -113,6 +113,20 @@ def test_wide_characters_keep_columns() -> None:
     assert [line.plain for line in lines] == ["木木━┯━木━━━[x]", "     └─x"]
 
 
+def test_a_path_that_is_too_long_goes_on_below() -> None:
+    step = example([1, 3, 0, 4, 0, 0])
+    whole = [line.plain for line in to_text(step)]
+    assert [line.plain for line in to_text(step, 80)] == whole
+    assert [line.plain for line in to_text(step, 20)] == [
+        "the━━━·big …",
+        "… ·big━┯━·old …",
+        "       └─·red───·dog",
+        "… ·old━┯━[·dog]",
+        "       └─·<cat>⏎",
+    ]
+    assert [line.plain for line in to_text(step, 8)] == whole  # no two nodes fit
+
+
 def test_what_cannot_be_seen_is_shown() -> None:
     assert visible(" a\n\t\x00") == "·a⏎⇥\\x00"
     tree = TokenTree(6)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def bench_serve(
-    more_goals: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    more_goals: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="")] = None,
     api_key: Annotated[
         str | None,
         typer.Option(envvar="OPENAI_API_KEY", help="Sent as a bearer token.", show_default=False),

@@ -1,6 +1,8 @@
 """`specinfer chat`: a conversation in the terminal, or read from a pipe line by line."""
 
 import sys
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,8 +22,12 @@ _HELP = "/reset forgets the conversation, /exit ends (as does Ctrl-D); Ctrl-C st
 
 def chat(
     stats: Annotated[
-        bool, typer.Option("--stats", help="After each answer, print tokens per step.")
+        bool, typer.Option("--stats", help="After each answer, print its speed.")
     ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", help="What the model is told before the first turn."),
+    ] = None,
     *,
     asked: Asked,
 ) -> None:
@@ -34,27 +40,37 @@ def chat(
     params = asked.params(llm)
     if params.n != 1:
         raise RequestError(f"n={params.n}: a chat has one answer at a time")
-    llm.tokenizer.render_chat(as_conversation("Hi"))  # refuses a model without a template now
+    before = [{"role": "system", "content": system}] if system else []
+    # Refuses now a model without a template, or one whose template has no place for a system.
+    llm.tokenizer.render_chat([*before, *as_conversation("Hi")])
     if is_terminal:
         import readline  # noqa: F401 - lets input() edit lines and remember them
 
         typer.echo(f"{asked.loading.model}: {_HELP}", err=True)
-    _Chat(llm, params, is_terminal=is_terminal, has_stats=stats).run()
+    _Chat(llm, params, is_terminal=is_terminal, has_stats=stats, before=before).run()
     asked.keep(llm)
 
 
 class _Chat:
     """The conversation so far.
 
+    before       messages that stand before the first turn, and survive /reset
     was_stopped  whether the last thing that happened was a Ctrl-C: the next one ends the chat
     """
 
     def __init__(
-        self, llm: "LLM", params: "SamplingParams", *, is_terminal: bool, has_stats: bool
+        self,
+        llm: "LLM",
+        params: "SamplingParams",
+        *,
+        is_terminal: bool,
+        has_stats: bool,
+        before: Sequence[dict[str, str]] = (),
     ) -> None:
         self.llm, self.params = llm, params
         self.is_terminal, self.has_stats = is_terminal, has_stats
-        self.messages: list[dict[str, str]] = []
+        self.before = list(before)
+        self.messages = list(before)
         self.was_stopped = False
 
     def run(self) -> None:
@@ -89,7 +105,7 @@ class _Chat:
 
     def _obey(self, command: str) -> None:
         if command == "/reset":
-            self.messages.clear()
+            self.messages = list(self.before)
             self._note("the conversation starts anew")
         elif command == "/help":
             self._note(_HELP)
@@ -101,13 +117,23 @@ class _Chat:
         try:
             prompt = self.llm.tokenizer.apply_chat_template(messages)
             self._check_room(len(prompt))
+            start_s = time.perf_counter()
             output = stream_text(self.llm, prompt, self.params, write_now)
         except (RequestError, CapacityError) as error:
             typer.echo(f"error: {error}", err=True)
             return
+        took_s = time.perf_counter() - start_s
         typer.echo()
         self.messages = [*messages, {"role": "assistant", "content": output.outputs[0].text}]
         self._tell_end(output)
+        if self.has_stats:
+            stats = output.stats
+            self._note(
+                f"{stats.num_output_tokens} tokens, {stats.tokens_per_step:.2f} per step, "
+                f"{stats.num_output_tokens / took_s:.0f} per second"
+            )
+        if self.is_terminal:
+            typer.echo(err=True)  # between turns
 
     def _check_room(self, num_tokens: int) -> None:
         limit = self.llm.engine.max_model_len
@@ -118,7 +144,7 @@ class _Chat:
             )
 
     def _tell_end(self, output: "RequestOutput") -> None:
-        choice, stats = output.outputs[0], output.stats
+        choice = output.outputs[0]
         num_tokens = len(output.prompt_token_ids) + len(choice.token_ids)
         if choice.finish_reason == "abort":
             self.was_stopped = True
@@ -127,11 +153,6 @@ class _Chat:
             self._note("the context is full: say /reset to start anew")
         elif choice.finish_reason == "length":
             self._note(f"cut at max_tokens={self.params.max_tokens}")
-        if self.has_stats:
-            typer.echo(
-                f"({stats.num_output_tokens} tokens, {stats.tokens_per_step:.2f} per step)",
-                err=True,
-            )
 
     def _note(self, text: str) -> None:
         typer.echo(f"({text})", err=True)

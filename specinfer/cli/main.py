@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 class _Group(TyperGroup):
     """Commands whose errors are sentences."""
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _hide_switch_types(self, ctx)
+        super().format_help(ctx, formatter)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -58,6 +62,7 @@ class _Command(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from typer import rich_utils
 
+        _hide_switch_types(self, ctx)
         names = ("highlighter", "negative_highlighter")
         whole = {name: getattr(rich_utils, name) for name in names}
         for name, highlight in whole.items():
@@ -67,6 +72,13 @@ class _Command(TyperCommand):
         finally:
             for name, highlight in whole.items():
                 setattr(rich_utils, name, highlight)
+
+
+def _hide_switch_types(command: Any, ctx: Any) -> None:
+    """Switches take no value: typer's table would ask for a <bool>."""
+    for parameter in command.get_params(ctx):
+        if getattr(parameter, "is_bool_flag", False) and parameter.metavar is None:
+            parameter.metavar = ""
 
 
 def _folding(highlight: "Callable[[str], Text]") -> "Callable[[str], Text]":
@@ -88,7 +100,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(no_args_is_help=True, help="Measure on this machine, or any server.")
+bench = typer.Typer(cls=_Group, no_args_is_help=True, help="Measure on this machine, or any server.")
 
 
 def _print_version(asked: bool) -> None:

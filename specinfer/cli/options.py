@@ -6,6 +6,7 @@ what was given on the command line is passed on, so that a model's own defaults 
 
 import inspect
 import json
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
@@ -299,10 +300,18 @@ def _flag_type(hint: Any) -> Any:
 def _help(group: type, field: Field[Any]) -> str:
     """The field's words for someone who types flags: there is no None to give."""
     text = read_help(group).get(field.name, "").replace("; None: ", "; by default ")
+    text = re.sub(r"\w+_\w+", lambda found: _spelt(group, found[0]), text)
     default = field.default
     if default is None or isinstance(default, bool) or "by default" in text:
         return text
     return f"{text} [default: {', '.join(default) if isinstance(default, tuple) else default}]"
+
+
+def _spelt(group: type, name: str) -> str:
+    """A field's name as its flag; any other word as it is."""
+    groups = (group, *(each for _, each in _GROUPS))
+    flag = next((flags[name] for flags in map(_flag_names, groups) if name in flags), None)
+    return name if flag is None else "--" + flag.replace("_", "-")
 
 
 def _resolve_drafters(loading: Loading, were_given: bool) -> tuple[str, ...]:

@@ -104,8 +104,12 @@ def _print_step(number: int, step: "DrawnStep") -> None:
 
     console = Console(highlight=False)
     console.print(Text(f"\nstep {number}: {step.title}", style="bold"))
-    for line in to_text(step):
-        console.print(line, no_wrap=True, overflow="ellipsis")
+    if console.is_terminal:
+        for line in to_text(step, console.width):
+            console.print(line, no_wrap=True, overflow="ellipsis")
+    else:  # a file is as wide as it has to be
+        for line in to_text(step):
+            console.print(line, soft_wrap=True)
 
 
 def _to_object(step: "DrawnStep") -> dict[str, Any]:
