@@ -387,6 +387,25 @@ def test_errors_are_shown_in_words_and_can_be_tried_again(page: Page) -> None:
         page.complaints.clear()  # type: ignore[attr-defined]
 
 
+def test_a_full_context_offers_a_new_chat(page: Page) -> None:
+    ask(page, num_tokens=16)
+    page.fill("#max_tokens", "250")  # of 256
+    page.fill("#prompt", "And then?")
+    page.press("#prompt", "Enter")
+    finished(page)
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("No room in the context")
+    expect(page.locator(".message.assistant").last.get_by_role("button")).to_have_count(1)
+    expect(page.locator("#tree .empty")).to_be_visible()  # the last answer's tree is gone
+    alert.get_by_role("button", name="New chat").click()
+    assert page.locator(".message").count() == 0
+    assert page.input_value("#prompt") == "And then?"
+    page.press("#prompt", "Enter")
+    finished(page)
+    assert page.locator(".tok").count() > 0
+    page.complaints.clear()  # type: ignore[attr-defined]
+
+
 def test_a_server_that_is_away_and_comes_back(page: Page) -> None:
     page.context.set_offline(True)
     ask(page, wait=False)

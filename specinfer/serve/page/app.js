@@ -145,6 +145,7 @@ function view(turn) {
     },
     again: () => again(turn),
     compare: () => compare(turn),
+    restart: turns.length > 1 ? restart : null,
   });
 }
 
@@ -210,6 +211,16 @@ function setRunning(controller) {
   byId("stop").hidden = controller === null;
   byId("new-chat").disabled = byId("open-chat").disabled = controller !== null;
   if (hadFocus) (controller ? byId("stop") : byId("prompt")).focus();
+}
+
+/** A new chat that begins with what was asked last: this one has no room for it. */
+function restart() {
+  if (running) return;
+  const asked = turns.findLast((turn) => turn.role === "user")?.content ?? "";
+  clear();
+  byId("prompt").value = asked;
+  grow();
+  byId("prompt").focus();
 }
 
 function clear() {

@@ -47,7 +47,7 @@ class Chart {
     return {
       width: this.container.clientWidth,
       height: HEIGHT,
-      padding: [8, 8, 0, 0],
+      padding: [8, 16, 0, 0], // half of the last label, such as 2,000, stands right of the plot
       legend: { show: false },
       cursor: { show: false },
       scales: { x: { time: false }, y: { range: (_, low, high) => [0, Math.max(1, high) * 1.1] } },

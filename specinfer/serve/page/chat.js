@@ -40,7 +40,7 @@ export function errorBox(error, actions = []) {
 export class AnswerView {
   #frame = 0;
 
-  /** on: {look(step), again(), compare()}, what the reader can do with an answer. */
+  /** on: {look(step), again(), compare(), restart()}, what the reader can do; restart: null in the first turn. */
   constructor(answer, sources, on) {
     Object.assign(this, { answer, sources, on });
     this.body = h("div", { class: "body" });
@@ -79,10 +79,12 @@ export class AnswerView {
     });
   }
 
-  /** Say under the answer what went wrong. */
+  /** Say under the answer what went wrong, and offer what helps. */
   fail(error) {
     this.draw();
-    this.setAside(errorBox(error, [["Try again", this.on.again]]));
+    const isFull = error.code === "context_length_exceeded" && this.on.restart;
+    const remedy = isFull ? ["New chat", this.on.restart] : ["Try again", this.on.again];
+    this.setAside(errorBox(error, [remedy]));
   }
 
   /** Characters start … end - 1 as spans, one per token. */
@@ -120,7 +122,7 @@ export class AnswerView {
     if (answer.finish === "length") figures.push("cut at the token limit");
     if (answer.finish === "stopped") figures.push("stopped");
     this.figures.textContent = figures.join(" · ");
-    this.actions.hidden = isRunning;
+    this.actions.hidden = isRunning || (!answer.text && !answer.steps.length); // refused: nothing to copy
   }
 
   /** What stands under the answer: a comparison, an error, or nothing; isComparing: one is on its way. */

@@ -1,10 +1,10 @@
 // The server's side of the page: OpenAI's API, and what goes wrong with it in words.
 
-/** Something to tell the reader: a title, what was said, and the HTTP status (0: no answer). */
+/** Something to tell the reader: a title, what was said, the HTTP status (0: no answer), OpenAI's code. */
 export class ServerError extends Error {
-  constructor(title, detail, status = 0) {
+  constructor(title, detail, status = 0, code = null) {
     super(`${title}: ${detail}`);
-    Object.assign(this, { name: "ServerError", title, detail, status });
+    Object.assign(this, { name: "ServerError", title, detail, status, code });
   }
 }
 
@@ -18,6 +18,8 @@ const TITLES = {
   429: "Too many requests",
   503: "The server is full",
 };
+
+const CODES = { context_length_exceeded: "No room in the context" };
 
 async function call(path, { key, ...options } = {}) {
   const headers = { ...options.headers };
@@ -36,14 +38,16 @@ async function call(path, { key, ...options } = {}) {
 async function refusal(response) {
   const text = await response.text().catch(() => "");
   let detail = text.slice(0, 400) || response.statusText || "it gave no reason";
+  let code = null;
   try {
     const body = JSON.parse(text);
+    code = body.error?.code ?? null;
     detail = body.error?.message ?? body.message ?? (typeof body.detail === "string" ? body.detail : detail);
   } catch { /* not JSON: its text will do */ }
   const wait = response.headers.get("Retry-After");
   if (wait) detail += ` (try again in ${wait} s)`;
-  const title = TITLES[response.status] ?? "The server failed";
-  return new ServerError(title, detail, response.status);
+  const title = CODES[code] ?? TITLES[response.status] ?? "The server failed";
+  return new ServerError(title, detail, response.status, code);
 }
 
 /** The names of the models there are. */

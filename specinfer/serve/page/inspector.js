@@ -6,6 +6,8 @@ import { byId, h, short, shortName } from "./dom.js";
 import { download, standalone, svgText, toPng } from "./files.js";
 import { detail, TreeView } from "./tree.js";
 
+const WAITING = "Each step’s tree of guesses is drawn here while the answer is written.";
+
 export class Inspector {
   #frame = 0;
 
@@ -30,7 +32,7 @@ export class Inspector {
   clear() {
     this.answer = null;
     this.index = -1;
-    this.tree.clear("Each step’s tree of guesses is drawn here while the answer is written.");
+    this.tree.clear(WAITING);
     this.refresh();
   }
 
@@ -39,6 +41,7 @@ export class Inspector {
     this.answer = answer;
     this.index = -1;
     this.follows = true;
+    this.tree.clear(WAITING);
     this.refresh();
   }
 
