@@ -109,6 +109,7 @@ def test_a_drafter_with_another_vocabulary(tmp_path: Path) -> None:
     ("args", "words"),
     [
         (["Hi", "--model", "/no/such/folder"], ["/no/such/folder", "zoo:NAME"]),
+        (["Hi", "--model", "./folder"], ["'./folder' is no folder: give"]),
         (["Hi", "--model", "zoo:nobody"], ["error: zoo:nobody", "zoo:parley"]),
         (["Hi", "--drafter", "zoo:nobody"], ["error: drafter: zoo:nobody", "zoo:parley"]),
         (["Hi", "--model", "nobody/no-such-model"], ["nobody/no-such-model", "hub"]),

@@ -270,8 +270,11 @@ def test_a_cache_that_cannot_be_written_is_told_of_and_serves(
 ) -> None:
     (folder.parent / "file").write_text("no folder")
     monkeypatch.setenv("SPECINFER_CACHE", str(folder.parent / "file"))
-    assert get(folder, Runner(toy_decoder(), 100)).seconds(1) > 0
-    assert "cannot be kept" in caplog.text
+    for _ in range(2):
+        assert get(folder, Runner(toy_decoder(), 100)).seconds(1) > 0
+    (said,) = [record.getMessage() for record in caplog.records]  # once, not for every model
+    assert "cannot be kept" in said
+    assert "SPECINFER_CACHE" in said
 
 
 def test_a_write_that_fails_leaves_nothing(

@@ -331,7 +331,7 @@ def _load(key: list[str]) -> StepTimes | None:
         if data["key"] != key:
             raise ValueError("it is of something else")
         return StepTimes.from_json(data["times"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         _log.warning("step times are measured again, for those kept cannot be used: %r", error)
@@ -351,4 +351,15 @@ def _store(key: list[str], times: StepTimes) -> None:
         finally:
             part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        _log.warning("step times cannot be kept and are measured at every start: %s", error)
+        is_file = isinstance(error, OSError)
+        _tell_unkept(f"{cache_folder()}: {error.strerror or error}" if is_file else str(error))
+
+
+@cache
+def _tell_unkept(why: str) -> None:
+    """Once for all models of a start."""
+    _log.warning(
+        "step times cannot be kept and are measured at every start: %s (SPECINFER_CACHE names "
+        "a folder to keep them in)",
+        why,
+    )

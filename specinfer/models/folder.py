@@ -27,7 +27,7 @@ def resolve_model(name: str) -> Path:
         is_something = folder.exists()
     except (OSError, RuntimeError) as error:  # a name too long, or ~nobody
         raise ModelNotFoundError(f"{name!r} is no folder: {error}") from None
-    if is_something or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if is_something or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise ModelNotFoundError(
             f"{name!r} is no folder: give a model's folder, a Hugging Face id or zoo:NAME"
         )

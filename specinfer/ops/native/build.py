@@ -106,7 +106,11 @@ def _load(compiler: Sequence[str], flags: frozenset[str]) -> ctypes.CDLL:
     try:
         return _load_kept(compiler, cache_folder() / "kernels", name)
     except OSError as error:
-        _log.warning("compiled kernels cannot be kept, so every start waits for them: %s", error)
+        _log.warning(
+            "compiled kernels cannot be kept, so every start waits for them: %s (SPECINFER_CACHE "
+            "names a folder to keep them in)",
+            error,
+        )
     with tempfile.TemporaryDirectory(prefix="specinfer-") as folder:
         return _load_new(compiler, Path(folder) / name)
 
