@@ -100,7 +100,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(cls=_Group, no_args_is_help=True, help="Measure on this machine, or any server.")
+bench = typer.Typer(
+    cls=_Group, no_args_is_help=True, help="Measure on this machine, or any server."
+)
 
 
 def _print_version(asked: bool) -> None:
