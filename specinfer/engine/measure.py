@@ -351,8 +351,9 @@ def _store(key: list[str], times: StepTimes) -> None:
         finally:
             part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        is_file = isinstance(error, OSError)
-        _tell_unkept(f"{cache_folder()}: {error.strerror or error}" if is_file else str(error))
+        # A file's own name would make a message of its own for every model.
+        why = error.strerror if isinstance(error, OSError) else None
+        _tell_unkept(f"{cache_folder()}: {why}" if why else str(error))
 
 
 @cache
