@@ -146,7 +146,7 @@ def measure(target: str, drafter: str, precision: str, tree: str, args: Any) -> 
     """Run one case."""
     from benchmarks.peer_ours import PRECISIONS
     from specinfer.config import parse_bytes
-    from specinfer.models.weights import resolve_model
+    from specinfer.models.folder import resolve_model
 
     drafters = [] if tree == "off" else [drafter]
     kv = parse_bytes("--kv", args.kv)
