@@ -23,6 +23,7 @@ class FakeServer:
 
     chunks      pieces of text of each answer; tokens_per_chunk of tokens each
     first_s     before the first, gap_s between two
+    together    each waits until so many were asked for at a time
     fails       by the number of the request, from 0: "503", "broken", "error" or "nothing"
     has_usage   whether it counts tokens
     most        requests at a time, the most there were
@@ -32,6 +33,7 @@ class FakeServer:
     tokens_per_chunk: int = 1
     first_s: float = 0.0
     gap_s: float = 0.0
+    together: int = 0
     fails: dict[int, str] = field(default_factory=dict)
     has_usage: bool = True
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -57,6 +59,9 @@ class FakeServer:
     async def _events(self, is_chat: bool, failure: str | None) -> AsyncIterator[str]:
         self._running += 1
         self.most = max(self.most, self._running)
+        end = time.monotonic() + 60
+        while self.most < self.together and time.monotonic() < end:
+            await asyncio.sleep(0.005)
         if failure == "nothing":
             self._running -= 1
             yield "data: [DONE]\n\n"

@@ -60,12 +60,12 @@ def post(url: str, path: str, body: Any, **options: Any) -> httpx.Response:
     return CLIENT.post(url + path, json=body, **options)
 
 
-def until(condition: Any, timeout_s: float = 10, pause_s: float = 0.005) -> None:
-    """Wait until something holds."""
-    end = time.monotonic() + timeout_s
+def until(condition: Any) -> None:
+    """Wait until something holds, for a minute: a busy machine may take long over anything."""
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "it never came true"
-        time.sleep(pause_s)
+        time.sleep(0.005)
 
 
 class Held:

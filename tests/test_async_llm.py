@@ -10,6 +10,7 @@ from specinfer.async_llm import AsyncLLM
 from specinfer.errors import ModelError, RequestError, SpecInferError
 from specinfer.outputs import RequestOutput
 from specinfer.request import SamplingParams
+from tests.serving import Held
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
@@ -43,13 +44,18 @@ def test_concurrent_requests_get_the_text_they_get_alone(engine: AsyncLLM) -> No
         assert one.outputs[0].text == other.outputs[0].text
 
 
-def test_abort_ends_the_stream_and_frees_its_pages(engine: AsyncLLM) -> None:
+def test_abort_ends_the_stream_and_frees_its_pages(
+    engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(engine, monkeypatch, lambda steps: len(steps) == 3)
+
     async def run() -> RequestOutput:
         params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
-        async for output in engine.generate("Once upon a time", params, request_id="mine"):
-            if len(output.outputs[0].token_ids) < 12:
-                await engine.abort("mine")
-        return output
+        outputs = engine.generate("Once upon a time", params, request_id="mine")
+        await anext(outputs)
+        await engine.abort("mine")
+        held.go_on.set()
+        return [output async for output in outputs][-1]
 
     output = asyncio.run(run())
     assert output.outputs[0].finish_reason == "abort"
@@ -102,11 +108,13 @@ def test_only_what_the_step_ended_is_failed(
     """One was aborted before, and its stream is still open: that is nobody's failure."""
     steps = engine.llm.engine._step
     params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    held = Held(engine, monkeypatch, lambda steps: True)
 
     async def run() -> list[str | None]:
         old = engine.submit([("Hello", params)], "old")
         await old.accepted()
         await engine.abort("old")
+        held.go_on.set()
         with monkeypatch.context() as patch:
             failing = iter([False, True])
             patch.setattr(

@@ -83,10 +83,10 @@ def test_a_port_that_nobody_listens_on_is_one_sentence() -> None:
 
 
 def test_never_more_at_a_time_than_asked() -> None:
-    with fake_server(first_s=0.03) as (url, fake):
+    with fake_server(first_s=0.03, together=3) as (url, fake):
         found = bench(url, "--num-prompts", "12", "--max-concurrency", "3")
         assert fake.most == 3
-    with fake_server(first_s=1.0) as (url, fake):  # the last comes before the first one ends
+    with fake_server(together=12) as (url, fake):
         bench(url, "--num-prompts", "12")
         assert fake.most == 12
     # Waiting for a place is not the server's: three at a time have three times the run in all
@@ -94,7 +94,7 @@ def test_never_more_at_a_time_than_asked() -> None:
 
 
 def test_requests_come_however_slow_the_server_is() -> None:
-    with fake_server(first_s=2.0) as (url, fake):
+    with fake_server(together=10) as (url, fake):
         bench(url, "--num-prompts", "10", "--request-rate", "40", "--seed", "3")
     assert fake.most == 10
 

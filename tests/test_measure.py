@@ -140,8 +140,10 @@ def test_waiting_for_other_programs_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     run = runner.run
 
     def preempted(spans: Sequence[Span]) -> Tensor:
-        time.sleep(0.002)  # in every step alike: rounds do not differ
-        return run(spans)
+        start = time.perf_counter()
+        logits = run(spans)
+        time.sleep(time.perf_counter() - start)  # in every step alike: rounds do not differ
+        return logits
 
     monkeypatch.setattr(runner, "run", preempted)
     assert measure_runner(runner, max_tokens=8, budget_s=0.1).spread > 0.25

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from specinfer.config import Speculation
 from specinfer.serve.settings import ServerSettings
 from specinfer.serve.state import Service
 from tests.browser import CHROMIUM, chromium, opened
-from tests.serving import MODEL, pair, serving
+from tests.serving import MODEL, Held, pair, serving, until
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium on this machine: scripts/install-browser installs one"
@@ -284,21 +283,22 @@ def test_settings_and_earlier_turns_are_sent(page: Page) -> None:
 
 
 def test_stop_ends_the_answer_on_the_server_too(page: Page, llm: AsyncLLM) -> None:
+    """Held within a step until the page has stopped."""
     for way in ("button", "key"):
-        page.click("#new-chat")
-        ask(page, num_tokens=240, wait=False)
-        page.wait_for_selector(".message.assistant:last-child .tok")
-        assert llm.llm.engine.has_work
-        if way == "button":
-            page.click("#stop")
-        else:
-            page.keyboard.press("Escape")
-        finished(page)
-        expect(page.locator(".message.assistant").last).to_contain_text("stopped")
-        deadline = time.monotonic() + 5
-        while llm.llm.engine.has_work and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not llm.llm.engine.has_work
+        with pytest.MonkeyPatch.context() as patch:
+            held = Held(llm, patch, lambda steps: len(steps) == 3)
+            page.click("#new-chat")
+            ask(page, num_tokens=240, wait=False)
+            page.wait_for_selector(".message.assistant:last-child .tok")
+            assert held.under_way.wait(60)
+            if way == "button":
+                page.click("#stop")
+            else:
+                page.keyboard.press("Escape")
+            finished(page)
+            expect(page.locator(".message.assistant").last).to_contain_text("stopped")
+            held.go_on.set()
+            until(lambda: not llm.llm.engine.has_work)
     turn = save_chat(page)["turns"][-1]
     assert turn["finish"] == "stopped"
     assert sum(len(step["emitted"]) for step in turn["steps"]) < 240

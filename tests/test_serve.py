@@ -4,9 +4,10 @@ import asyncio
 import json
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from typing import Any
 
-import httpx
 import pytest
 from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, OpenAI
@@ -16,8 +17,7 @@ from specinfer.outputs import RequestOutput, RequestStats
 from specinfer.request import SamplingParams
 from specinfer.serve.state import Service
 from specinfer.serve.usage import usage_of
-from tests.engines import free_blocks
-from tests.serving import CLIENT, MODEL, post, service_of, serving, until
+from tests.serving import CLIENT, MODEL, Held, post, service_of, serving, until
 
 STORY = [{"role": "user", "content": "Tell me a story."}]
 ASKED: dict[str, Any] = {"model": MODEL, "messages": STORY, "temperature": 0, "max_tokens": 24}
@@ -400,20 +400,23 @@ def test_a_stream_carries_trees_where_asked(url: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_pages(url: str, parley: AsyncLLM, stream: bool) -> None:
-    engine = parley.llm.engine
-    until(lambda: not engine.has_work)
-    full = free_blocks(engine)
-    body = LONG | {"stream": stream, "n": 4}
-    with httpx.Client() as client:
+def test_a_client_that_leaves_frees_its_pages(
+    url: str, service: Service, parley: AsyncLLM, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held within a step until the server has seen that nobody listens: that step is the last."""
+    engine, allocator = parley.llm.engine, parley.llm.engine.scheduler._allocator
+    until(lambda: service.num_taken == 0 and not engine.has_work)
+    held = Held(parley, monkeypatch, lambda steps: len(steps) == 3)
+    with closing(HTTPConnection(url.removeprefix("http://"))) as client:
+        body = json.dumps(LONG | {"stream": stream, "n": 4})
+        client.request("POST", "/v1/completions", body, {"content-type": "application/json"})
         if stream:
-            with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
-                next(answer.iter_lines())
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                client.post(f"{url}/v1/completions", json=body, timeout=0.05)
-    until(lambda: not engine.has_work)
-    assert free_blocks(engine) == full
+            assert client.getresponse().readline().startswith(b"data: {")
+        assert held.under_way.wait(60)
+    until(lambda: service.num_taken == 0)
+    held.go_on.set()
+    until(lambda: allocator.num_free == allocator.num_blocks and not engine.has_work)
+    assert len(held.steps) == 3
 
 
 def test_places_are_given_back(service: Service) -> None:

@@ -4,8 +4,10 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,7 +21,7 @@ from specinfer.request import SamplingParams
 from specinfer.serve.errors import ApiError
 from specinfer.serve.settings import ServerSettings
 from tests.engines import free_blocks
-from tests.serving import CLIENT, MODEL, pair, post, service_of, serving, until
+from tests.serving import CLIENT, MODEL, Held, pair, post, service_of, serving, until
 from tests.test_structured import nested
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -255,16 +257,20 @@ def test_other_origins_are_let_in_only_where_allowed(llm: AsyncLLM, url: str) ->
 # --- load and failure -----------------------------------------------------------------------------
 
 
-def test_too_many_wait(llm: AsyncLLM) -> None:
+def test_too_many_wait(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four run and two wait, held within a step until the other six are refused."""
     full = free_blocks(llm.llm.engine)
+    held = Held(llm, monkeypatch, lambda steps: True)
     with serving(service_of(llm, max_waiting=2)) as url:
         asked = LONG | {"max_tokens": 60}
         refusal(post(url, COMPLETIONS, asked | {"n": 7}), 400)
         with ThreadPoolExecutor(12) as pool:
-            answers = list(pool.map(lambda _: post(url, COMPLETIONS, asked), range(12)))
+            asking = [pool.submit(post, url, COMPLETIONS, asked) for _ in range(12)]
+            until(lambda: sum(each.done() for each in asking) == 6)
+            held.go_on.set()
+        answers = [each.result() for each in asking]
         refused = [answer for answer in answers if answer.status_code != 200]
-        assert refused
-        assert len(answers) - len(refused) >= 6
+        assert len(refused) == 6
         for answer in refused:
             assert refusal(answer, 503)["code"] == "overloaded"
             assert answer.headers["retry-after"] == "1"
@@ -308,9 +314,15 @@ def test_grammars_that_take_too_long(llm: AsyncLLM, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_request_that_takes_too_long(llm: AsyncLLM, stream: bool) -> None:
+def test_a_request_that_takes_too_long(
+    llm: AsyncLLM, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that is late once the engine has it: until then a busy machine has a minute."""
+    late_s = iter([0.0, 59.95])
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + next(late_s), time=time.time)
+    monkeypatch.setattr("specinfer.serve.state.time", clock)
     full = free_blocks(llm.llm.engine)
-    with serving(service_of(llm, request_timeout_s=0.05)) as url:
+    with serving(service_of(llm, request_timeout_s=60.0)) as url:
         answer = post(url, COMPLETIONS, LONG | {"n": 4, "stream": stream})
         if not stream:
             assert refusal(answer, 504)["code"] == "timeout"
@@ -374,14 +386,17 @@ def test_a_failed_step_is_a_500_and_the_next_request_is_served(
     until(lambda: free_blocks(engine) == full)
 
 
-def test_going_down_tells_those_that_still_run(llm: AsyncLLM) -> None:
-    service = service_of(llm)
+def test_going_down_tells_those_that_still_run(
+    llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, held = service_of(llm), Held(llm, monkeypatch, lambda steps: True)
     with serving(service) as url, ThreadPoolExecutor(1) as pool:
         running = pool.submit(post, url, COMPLETIONS, LONG | {"n": 4})
-        until(lambda: service.num_taken)
+        assert held.under_way.wait(60)
         service.is_draining = True
         assert refusal(post(url, COMPLETIONS, LONG), 503)["code"] == "shutting_down"
         llm.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
+        held.go_on.set()
         assert refusal(running.result(), 503)["code"] == "shutting_down"
         until(lambda: service.num_taken == 0)
 
@@ -389,26 +404,24 @@ def test_going_down_tells_those_that_still_run(llm: AsyncLLM) -> None:
 def test_a_waiting_request_survives_a_failed_step(
     llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Held within the first step until all six are there; the second one fails."""
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    engine, held = llm.llm.engine, Held(llm, monkeypatch, lambda steps: True)
+
+    async def last() -> Any:
+        return [output async for output in llm.generate("Once upon a time", params)][-1]
 
     async def run() -> list[Any]:
-        async def last(number: int) -> Any:
-            outputs = []
-            async for output in llm.generate("Once upon a time", params):
-                outputs.append(output)
-                if number == 0 and not failed:
-                    failed.append(True)
-            return outputs[-1]
+        asking = asyncio.gather(*(last() for _ in range(6)), return_exceptions=True)
+        while len(llm._streams) < 6:
+            await asyncio.sleep(0)
+        held.go_on.set()
+        return await asking
 
-        return await asyncio.gather(*(last(n) for n in range(6)), return_exceptions=True)
-
-    failed: list[bool] = []
-    engine = llm.llm.engine
     run_target = engine.target.run
 
     def run_or_fail(spans: Any) -> Any:
-        if failed == [True]:
-            failed.append(True)
+        if len(held.steps) == 2:
             raise RuntimeError("once")
         return run_target(spans)
 

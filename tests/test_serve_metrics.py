@@ -17,7 +17,7 @@ from specinfer.async_llm import AsyncLLM
 from specinfer.errors import RequestError
 from specinfer.request import SamplingParams
 from specinfer.serve.state import Service
-from tests.serving import CLIENT, MODEL, pair, post, service_of, serving
+from tests.serving import CLIENT, MODEL, Held, pair, post, service_of, serving
 
 DASHBOARD = Path(__file__).parent.parent / "docs" / "grafana.json"
 VLLM = (
@@ -118,14 +118,17 @@ def test_continuations_that_are_left_are_counted_each(llm: AsyncLLM) -> None:
     assert told == {(("finished_reason", "abort"),): 6}
 
 
-def test_gauges_while_it_runs(llm: AsyncLLM) -> None:
+def test_gauges_while_it_runs(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(llm, monkeypatch, lambda steps: len(steps) == 3)
     with serving(service_of(llm)) as url, httpx.Client() as client:
         body = {"prompt": "Once", "max_tokens": 240, "ignore_eos": True, "stream": True, "n": 3}
         body["speculation"] = {"tree": "off"}
         with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
-            lines = answer.iter_lines()
+            lines = answer.iter_lines()  # kept: the connection closes with it
             next(lines)
+            assert held.under_way.wait(60)
             told = scrape(url)
+            held.go_on.set()
             assert told["specinfer:num_requests_running"][()] == 3
             assert 0 < told["specinfer:kv_cache_usage_perc"][()] < 1
 

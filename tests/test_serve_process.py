@@ -76,10 +76,10 @@ def test_killed_and_back_while_a_client_retries_then_drained(tmp_path: Path) -> 
     url = f"http://127.0.0.1:{port}"
     body = {"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0}
     with started(logs[0], port, ("--log-prompts",)) as process:
-        until(lambda: is_up(port), 60, 0.05)
+        until(lambda: is_up(port))
         before = post(url, "/v1/completions", body).json()["choices"]
         # Its line is written once the answer is out: the client may have it a moment before
-        until(lambda: 'prompt="Once upon a time"' in logs[0].read_text(), 10, 0.01)
+        until(lambda: 'prompt="Once upon a time"' in logs[0].read_text())
         process.kill()
         process.wait()
     headers = {"authorization": "Bearer b", "x-request-id": "mine"}
@@ -115,12 +115,12 @@ def check_draining(
         lines = answer.iter_lines()
         next(lines)
         process.send_signal(signal.SIGTERM)
-        until(lambda: not is_up(port), 10, 0.05)
+        until(lambda: not is_up(port))
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     reasons = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in rest[:-1]]
     assert reasons.count("length") == 8
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
 
 
 def test_the_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def stream(tokenizer: Tokenizer, ids: list[int], sizes: list[int], skip: bool) -
 
 @any_tokenizer
 @given(data=st.data(), sizes=st.lists(st.integers(0, 5), max_size=10), skip=st.booleans())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_streams_any_ids_as_it_decodes_them(
     name: str, data: st.DataObject, sizes: list[int], skip: bool
 ) -> None:
@@ -47,7 +47,7 @@ def test_streams_any_ids_as_it_decodes_them(
 
 @any_tokenizer
 @given(text=st.text(max_size=40), skip=st.booleans())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_streams_any_text(name: str, text: str, skip: bool) -> None:
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode(text)
@@ -93,12 +93,15 @@ def test_is_cheap_per_token() -> None:
     ids = tokenizer.encode(Path(__file__).read_text()) * 4
     times = {}
     for num in (len(ids) // 8, len(ids)):
-        detokenizer = IncrementalDetokenizer(tokenizer)
-        stops = StopStrings(["</s>", "\n\nUser:", "zzz"])
-        start = time.process_time()
-        for token_id in ids[:num]:
-            stops.push(detokenizer.push([token_id]))
-        times[num] = (time.process_time() - start) / num
+        rounds = []
+        for _ in range(3):  # the fastest: one may be interrupted, or collect all others' garbage
+            detokenizer = IncrementalDetokenizer(tokenizer)
+            stops = StopStrings(["</s>", "\n\nUser:", "zzz"])
+            start = time.process_time()
+            for token_id in ids[:num]:
+                stops.push(detokenizer.push([token_id]))
+            rounds.append((time.process_time() - start) / num)
+        times[num] = min(rounds)
     assert min(times.values()) < 20e-6, "about 1.5 µs on an idle processor"
     assert times[len(ids)] < 5 * times[len(ids) // 8] + 5e-6, "time per token grows with the text"
 
@@ -122,7 +125,7 @@ few_letters = st.text("ab", max_size=30)
     cuts=st.lists(st.integers(1, 4), min_size=30, max_size=30),
     include=st.booleans(),
 )
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_stops_do_not_depend_on_how_the_text_is_cut(
     text: str, stops: list[str], cuts: list[int], include: bool
 ) -> None:
