@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from specinfer.engine import build
 from specinfer.engine.times import StepTimes
 from specinfer.paths import cache_folder
 from tests.engines import Told
+
+# Nor are hypothesis' examples
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:

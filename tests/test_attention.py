@@ -92,7 +92,7 @@ def plan_of(segments: list[Segment], groups: int, dtype: torch.dtype) -> Attenti
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     segments_of(),
     st.sampled_from([1, 3]),
@@ -116,7 +116,7 @@ def test_plan_equals_reference(
             assert ((actual - expected).abs() <= limit).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(segments_of(), st.sampled_from([None, 1, 3, 7]), st.integers(0, 99))
 def test_reference_is_the_contract(segments: list[Segment], window: int | None, seed: int) -> None:
     """Key by key, with nothing but the words of the contract."""

@@ -138,7 +138,7 @@ def test_penalties_match_transformers() -> None:
         history = history_of(SamplingParams(bad_words=["x"]), [(2, 4), (5,)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=5), st.integers(0, 99))
 def test_a_row_is_the_same_to_the_bit_in_any_batch(kinds: list[str], seed: int) -> None:
     rng = np.random.default_rng(seed)

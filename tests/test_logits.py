@@ -140,7 +140,7 @@ def test_cold_rows_are_laws(temperature: float) -> None:
     torch.testing.assert_close(p.sum(-1), torch.ones(3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, len(FILTERS) - 1), min_size=1, max_size=5), st.integers(0, 99))
 def test_any_mix_of_requests_gives_each_its_own_law(kinds: list[int], seed: int) -> None:
     runs = [(FILTERS[kind], 1 + kind % 3) for kind in kinds]

@@ -91,7 +91,7 @@ def test_what_is_a_call_and_what_is_text(kind: CallFormat, text: str, expected: 
 
 @pytest.mark.parametrize("kind", ["hermes", "llama3_json", "mistral", "array"])
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_cuts_change_nothing(kind: CallFormat, data: st.DataObject) -> None:
     words = [
         *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", ";", " "),
@@ -105,7 +105,7 @@ def test_cuts_change_nothing(kind: CallFormat, data: st.DataObject) -> None:
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_text_without_markers_is_kept_whole(text: str) -> None:
     kinds: tuple[CallFormat, ...] = ("hermes", "llama3_json", "mistral", "array")
     for kind in kinds:

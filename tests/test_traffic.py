@@ -307,7 +307,6 @@ def run(num_examples: int, num_steps: int) -> dict[str, int]:
         settings=settings(
             max_examples=num_examples,
             stateful_step_count=num_steps,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )

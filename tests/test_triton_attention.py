@@ -60,7 +60,7 @@ def scattered(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).permutation(160)[:count]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     segments_of(),
     st.sampled_from([1, 3]),
@@ -235,7 +235,7 @@ def test_a_batch_may_be_empty() -> None:
     assert attended(plan_of([], 2), random_inputs([], 2, 2, torch.float32, 0)).shape == (0, 4, 8)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 5), st.integers(1, 200), st.integers(0, 99))
 def test_bits_are_the_mask(num_queries: int, num_keys: int, seed: int) -> None:
     mask = np.random.default_rng(seed).random((num_queries, num_keys)) < 0.5
@@ -245,7 +245,7 @@ def test_bits_are_the_mask(num_queries: int, num_keys: int, seed: int) -> None:
     assert ((words[:, key // 32] >> (key % 32) & 1) == mask).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(segments_of(), st.sampled_from([1, 4, 40]), st.integers(0, 3))
 def test_every_tile_meets_every_key_once(
     segments: list[Segment], groups: int, num_padding: int

@@ -521,7 +521,7 @@ def test_unlawful_trees_are_refused(laws: list[tuple[int, Law | None]], words: s
     require_lawful(tree, "greedy", 3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**31),
     vocab=st.sampled_from([2, 5, 700]),
@@ -610,7 +610,7 @@ def test_a_picks_small_remainder_is_summed_anew(verifier: Any) -> None:
     assert examined[1] == (1, pytest.approx(0.75))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     concentration=st.sampled_from([0.02, 1.0]),
