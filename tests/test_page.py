@@ -71,6 +71,7 @@ def ask(page: Page, prompt: str = PROMPT, *, num_tokens: int = 32, wait: bool = 
 def finished(page: Page) -> None:
     expect(page.locator(".message.assistant").last).to_have_attribute("aria-busy", "false")
     expect(page.locator("#send")).to_be_visible()
+    page.evaluate("new Promise(requestAnimationFrame)")  # the last of it is drawn with a frame
 
 
 def save_chat(page: Page) -> dict[str, Any]:
