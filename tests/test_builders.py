@@ -4,7 +4,7 @@ mix of sources, whatever is learnt, priced or shared, is exact; and looking at a
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -637,16 +637,14 @@ BEHIND: dict[str, tuple[Look, str, str]] = {  # what is done to its trees; build
 }
 
 
-def worst(builder: str, mix: str, verifier: Any, look: Look) -> float:
-    """The largest shift of the law over a few models."""
-    shifts = []
+def shifts(builder: str, mix: str, verifier: Any, look: Look) -> Iterator[float]:
+    """How far the law is shifted, for a few models."""
     for seed in range(8):
         target, drafters = sources(mix, "dense", seed)
         make, request = builders(seed, len(drafters))[builder]
         grow = step(make, [request], drafters)
         drafted = [(chance, look(grown)) for chance, (grown,) in outcomes(grow)]
-        shifts.append(measure_drafted(target, drafted, verifier, 3).deviation)
-    return max(shifts)
+        yield measure_drafted(target, drafted, verifier, 3).deviation
 
 
 @pytest.mark.parametrize("verifier", LAW_VERIFIERS)
@@ -655,13 +653,14 @@ def test_a_false_law_in_the_builder_shows(
     monkeypatch: pytest.MonkeyPatch, mutation: str, verifier: Any
 ) -> None:
     patch, mix = WITHIN[mutation]
-    assert worst("best-first", mix, verifier, lambda grown: grown.tree) < EXACT
+    assert max(shifts("best-first", mix, verifier, lambda grown: grown.tree)) < EXACT
     patch(monkeypatch)
-    assert worst("best-first", mix, verifier, lambda grown: grown.tree) > SHIFTED
+    shifted = shifts("best-first", mix, verifier, lambda grown: grown.tree)
+    assert any(shift > SHIFTED for shift in shifted)
 
 
 @pytest.mark.parametrize("verifier", LAW_VERIFIERS)
 @pytest.mark.parametrize("mutation", BEHIND)
 def test_looking_at_drawn_tokens_shows(mutation: str, verifier: Any) -> None:
     look, builder, mix = BEHIND[mutation]
-    assert worst(builder, mix, verifier, look) > SHIFTED
+    assert any(shift > SHIFTED for shift in shifts(builder, mix, verifier, look))

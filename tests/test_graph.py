@@ -42,6 +42,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encount
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_SLOTS = 64
 TOLERANCE = 1e-5
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+"""For whole texts: the interpreter takes 10 ms a program."""
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -102,7 +104,7 @@ def test_a_size_is_padded_to_the_next_of_the_ladder() -> None:
 def test_steps_equal_the_runners(pages: Pages, changes: dict[str, object]) -> None:
     """A prompt, then trees and chains of many sizes behind it, path by path."""
     rng = np.random.default_rng(0)
-    decoder = toy_decoder(3, **changes)
+    decoder = toy_decoder(3, num_hidden_layers=2, **changes)
     captures = Captures()
     plain, steps = Runner(decoder, NUM_SLOTS), steps_of(decoder, captures)
     tokens = random_tokens(rng, 9)
@@ -164,7 +166,7 @@ def test_padding_writes_to_its_own_slot_and_no_other() -> None:
 
 def test_requests_of_one_step_and_only_their_last_logits() -> None:
     rng = np.random.default_rng(1)
-    decoder = toy_decoder(3)
+    decoder = toy_decoder(3, num_hidden_layers=2)
     plain, steps = Runner(decoder, NUM_SLOTS), steps_of(decoder, Captures())
     pages = [Pages((n,), 16) for n in range(3)]
     for sizes in ((3, 1, 7), (5, 5, 5)):
@@ -174,7 +176,7 @@ def test_requests_of_one_step_and_only_their_last_logits() -> None:
 
 
 def test_a_graph_serves_every_step_of_its_shape() -> None:
-    decoder, captures = toy_decoder(3), Captures()
+    decoder, captures = toy_decoder(3, num_hidden_layers=2), Captures()
     plain, steps = Runner(decoder, NUM_SLOTS), steps_of(decoder, captures)
     rng = np.random.default_rng(0)
     kept = []
@@ -191,7 +193,7 @@ def test_what_fits_no_graph_runs_without_one(monkeypatch: pytest.MonkeyPatch, li
     small = {"LADDER": (0, 1, 2, 4), "_PARTIAL_ROWS": 2, "_SPARE_NUMBERS": 0}[limit]
     monkeypatch.setattr(graph, limit, small)
     monkeypatch.setattr("specinfer.ops.triton_attention.SPLIT_KEYS", 4)
-    decoder, captures = toy_decoder(3), Captures()
+    decoder, captures = toy_decoder(3, num_hidden_layers=2), Captures()
     plain, steps = Runner(decoder, NUM_SLOTS), steps_of(decoder, captures)
     spans = [chain(random_tokens(np.random.default_rng(0), 6), run_pages(8), num_logits=2)]
     assert_close(run(steps, spans), plain.run(spans))
@@ -215,10 +217,10 @@ def test_texts_are_a_processors(monkeypatch: pytest.MonkeyPatch, temperature: fl
                 ),
             )
         place = DEVICE if is_device else torch.device("cpu")
-        near_target = toy_decoder(0, head=0.15).to(place)
+        near_target = toy_decoder(0, **SMALL, head=0.15).to(place)
         drafter = model_drafter(near_target, 64 * 4)
         engine = toy_engine(
-            toy_decoder(0).to(place), [drafter], speculation=Speculation(tree="2,1")
+            toy_decoder(0, **SMALL).to(place), [drafter], speculation=Speculation(tree="2,1")
         )
         params = SamplingParams(temperature=temperature, seed=1, max_tokens=6)
         sequences = engine.add("one", [1, 2, 3], params) + engine.add("two", [4, 5], params)

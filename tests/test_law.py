@@ -119,6 +119,7 @@ def chance_of(
     sequences = engine.add("law", prompt, params)
     while engine.has_work:
         engine.step()
+        engine.abort([each for each in sequences if each.num_output >= 2])  # two are judged
     counts = Counter(tuple(sequence.output.token_ids[:2]) for sequence in sequences)
     if drafters:  # the trees were of use, and not always
         accepted = sum(sequence.stats.num_accepted for sequence in sequences)

@@ -49,6 +49,9 @@ SHAPES = {
     "paths": PathsShape(3, 2),
     "ragged": TreeShape([[1, 2, 3], [4], [], [5, 6], [7], [], [], []]),
 }
+SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+"""What levels do to a model does not grow with it, and the interpreter takes 10 ms a program."""
+SEVERAL = {"num_attention_heads": 4, "num_key_value_heads": 2}
 GROUPED = {"num_attention_heads": 3, "num_key_value_heads": 1}
 WINDOWED = {"family": "MistralForCausalLM", "sliding_window": 5}
 
@@ -119,7 +122,8 @@ def states_of(drafter: ModelDrafter) -> dict[int, tuple[Any, ...]]:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        *[(name, {}) for name in ("2,1,1", "one level")],
+        ("2,1,1", {}),
+        ("one level", SEVERAL),
         ("ragged", WINDOWED),
         *[pytest.param(name, {}, marks=pytest.mark.slow) for name in ("1,1,1", "paths")],
         pytest.param("3,2", GROUPED, marks=pytest.mark.slow),
@@ -128,7 +132,7 @@ def states_of(drafter: ModelDrafter) -> dict[int, tuple[Any, ...]]:
 def test_trees_are_those_grown_level_by_level(name: str, changes: dict[str, Any]) -> None:
     """Two steps of three requests, of different lengths, depths and temperatures."""
     shape = SHAPES[name]
-    pair = Pair(toy_decoder(3, num_hidden_layers=1, **changes))
+    pair = Pair(toy_decoder(3, **SMALL | changes))
     texts = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]]
     depths, temperatures = (8, 1, 2), (1.0, 0.3, 1.0)
 
@@ -159,7 +163,7 @@ def test_trees_are_those_grown_level_by_level(name: str, changes: dict[str, Any]
 
 @pytest.mark.parametrize("vocab_size", [50, 80])
 def test_tokens_are_of_the_targets_vocabulary(vocab_size: int) -> None:
-    pair = Pair(toy_decoder(3, num_hidden_layers=1), vocab_size)
+    pair = Pair(toy_decoder(3, **SMALL), vocab_size)
     grown = pair.grow(SHAPES["3,2"], lambda: [growth(0, [1, 2, 3])])
     assert max(grown[0][0].tree.tokens) < min(VOCAB, vocab_size)
 
@@ -171,7 +175,7 @@ def test_a_tree_is_one_replay_and_one_copy(monkeypatch: pytest.MonkeyPatch) -> N
             f"{module}.to_host", lambda *each: copies.append(len(each)) or to_host(*each)
         )
     captures = Captures()
-    runner = device_runner(toy_decoder(3, num_hidden_layers=1), captures)
+    runner = device_runner(toy_decoder(3, **SMALL), captures)
     drafter = ModelDrafter("toy", runner, vocab_size=VOCAB, max_tokens=100)
     builder = ShapeBuilder(SHAPES["1,1,1"])
     for number, num_requests in enumerate((3, 3, 4), 1):
@@ -183,7 +187,7 @@ def test_a_tree_is_one_replay_and_one_copy(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_prompts_need_no_graphs_of_their_own() -> None:
-    pair = Pair(toy_decoder(3, num_hidden_layers=1))
+    pair = Pair(toy_decoder(3, **SMALL))
     for key, length in enumerate((5, 9, 14)):
         pair.grow(SHAPES["one level"], lambda k=key, n=length: [growth(k, list(range(n)))])
         assert pair.drafters[0].num_fed == length
@@ -193,7 +197,7 @@ def test_prompts_need_no_graphs_of_their_own() -> None:
 
 
 def test_what_cannot_come_is_left_out_with_all_below() -> None:
-    pair = Pair(toy_decoder(3, num_hidden_layers=1, head=3.0))
+    pair = Pair(toy_decoder(3, **SMALL, head=3.0))
     cold = SamplingParams(temperature=0.05)
     shape = TreeShape.of_widths((4, 3, 2))
     texts = ([1, 2, 3], [7, 8], [5])
@@ -226,7 +230,7 @@ def test_what_asks_for_more_grows_level_by_level(changes: dict[str, Any]) -> Non
     if "history" in changes:
         params = SamplingParams(repetition_penalty=2.0)
         changes = {"history": History(params, num_prompt=2, vocab_size=VOCAB)}
-    pair = Pair(toy_decoder(3, num_hidden_layers=1))
+    pair = Pair(toy_decoder(3, **SMALL))
     pair.grow(SHAPES["2,1,1"], lambda: [growth(0, [1, 2]), growth(1, [3, 4, 5], **changes)])
     assert pair.captures[0].replays == 3
 
@@ -239,7 +243,7 @@ def test_what_fits_no_graph_grows_level_by_level(
         small = {"LADDER": (0, 1), "_PARTIAL_ROWS": 2, "_SPARE_NUMBERS": 0}[limit]
         monkeypatch.setattr(graph, limit, small)
         monkeypatch.setattr("specinfer.ops.triton_attention.SPLIT_KEYS", 4)
-    pair = Pair(toy_decoder(3, num_hidden_layers=1))
+    pair = Pair(toy_decoder(3, **SMALL))
     if limit == "max_tokens":
         for drafter in pair.drafters:
             drafter._max_tokens = 1
@@ -250,7 +254,7 @@ def test_what_fits_no_graph_grows_level_by_level(
 
 
 def test_levels_count_as_passes() -> None:
-    pair, stats = Pair(toy_decoder(3, num_hidden_layers=1)), EngineStats()
+    pair, stats = Pair(toy_decoder(3, **SMALL)), EngineStats()
     drafter = TimedDrafter(pair.drafters[0], 0, stats)
     asked = [growth(0, [1, 2, 3]), growth(1, [4, 5], max_depth=2)]
     ShapeBuilder(SHAPES["2,1,1"]).grow(asked, [drafter])
@@ -263,7 +267,7 @@ def test_a_failure_ends_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(levels: Any, vocab_size: int) -> None:
         raise RuntimeError("out of luck")
 
-    pair, stats = Pair(toy_decoder(3, num_hidden_layers=1)), EngineStats()
+    pair, stats = Pair(toy_decoder(3, **SMALL)), EngineStats()
     monkeypatch.setattr(pair.runners[0], "run_levels", fail)
     drafter = TimedDrafter(pair.drafters[0], 0, stats)
     for _ in range(2):
@@ -280,8 +284,8 @@ def test_greedy_texts_are_plain_decodings(tree: str) -> None:
     prompts, params = ([1, 2, 3], [4, 5], [6]), SamplingParams(temperature=0, max_tokens=10)
     texts = []
     captures = Captures()
-    target = toy_decoder(0, num_hidden_layers=2).to(DEVICE)
-    near_target = toy_decoder(0, num_hidden_layers=2, head=0.15)
+    target = toy_decoder(0, **SMALL).to(DEVICE)
+    near_target = toy_decoder(0, **SMALL, head=0.15)
     for is_plain in (True, False):
         runner = device_runner(near_target, captures)
         drafter = ModelDrafter("toy", runner, vocab_size=VOCAB, max_tokens=100)

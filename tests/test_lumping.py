@@ -5,7 +5,7 @@ laws cut to a few tokens are exact with every builder, verifier and mix; broken 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -171,9 +171,10 @@ def test_two_requests_share_the_work_and_nothing_else() -> None:
 Look = Callable[[TokenTree, Any], TokenTree]
 
 
-def worst(verifier: Any, look: Look = lambda tree, toy: tree, verify: Any = None) -> float:
-    """The largest shift of the law over a few models, mixes and builders."""
-    shifts = []
+def shifts(
+    verifier: Any, look: Look = lambda tree, toy: tree, verify: Any = None
+) -> Iterator[float]:
+    """How far the law is shifted, for a few models, mixes and builders."""
     for seed in range(4):
         for mix, builder in (("one model", "best-first"), ("n-gram first", "shape")):
             target, drafters = builders.sources(mix, "dense", seed, vocab=4)
@@ -182,9 +183,12 @@ def worst(verifier: Any, look: Look = lambda tree, toy: tree, verify: Any = None
                 (chance, look(tree, drafters[-1].toy))
                 for chance, tree in builders.drafted_by(make, drafters, request)
             ]
-            outcome = measure_drafted(target, drafted, far(verifier, verify), 3)
-            shifts.append(outcome.deviation)
-    return max(shifts)
+            yield measure_drafted(target, drafted, far(verifier, verify), 3).deviation
+
+
+def shows(shifts: Iterable[float]) -> bool:
+    """Whether one is seen; those behind it are not asked for."""
+    return any(shift > SHIFTED for shift in shifts)
 
 
 def relawed(tree: TokenTree, relaw: Callable[[Slot, int], Law]) -> TokenTree:
@@ -244,8 +248,8 @@ def test_another_law_than_the_cut_one_shows(
     monkeypatch: pytest.MonkeyPatch, look: Look, verifier: Any
 ) -> None:
     far_away(monkeypatch, support=2)
-    assert worst(verifier) < EXACT
-    assert worst(verifier, look) > SHIFTED
+    assert max(shifts(verifier)) < EXACT
+    assert shows(shifts(verifier, look))
 
 
 @pytest.mark.parametrize("verifier", builders.LAW_VERIFIERS)
@@ -255,7 +259,7 @@ def test_another_mass_of_others_shows(
 ) -> None:
     far_away(monkeypatch, support=2)
     patch(monkeypatch)
-    assert worst(verifier) > SHIFTED
+    assert shows(shifts(verifier))
 
 
 @pytest.mark.parametrize("verifier", builders.LAW_VERIFIERS)
@@ -274,7 +278,7 @@ def test_a_broken_rule_shows(
 ) -> None:
     far_away(monkeypatch, support=2)
     verify = mutant("verify_far", old, new, verification)
-    assert worst(verifier, verify=verify) > SHIFTED
+    assert shows(shifts(verifier, verify=verify))
 
 
 @pytest.mark.parametrize("verifier", builders.LAW_VERIFIERS)
@@ -290,7 +294,7 @@ def test_a_tree_lumped_wrongly_shows(
 ) -> None:
     far_away(monkeypatch, support=2)
     monkeypatch.setattr(verification, "lump", mutant("lump", old, new, lumping))
-    assert worst(verifier) > SHIFTED
+    assert shows(shifts(verifier))
 
 
 # --- what it takes, and what it refuses -----------------------------------------------------------

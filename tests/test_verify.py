@@ -180,15 +180,15 @@ def test_match_needs_no_laws() -> None:
 # --- broken rules must show -----------------------------------------------------------------------
 
 
-def worst(draw: Any, verifier: Any, widths: tuple[int, ...] = (2,), kind: str = "dense") -> float:
-    """The largest shift of the law over a few models."""
-    shifts = []
+def shows(draw: Any, verifier: Any, widths: tuple[int, ...] = (2,), kind: str = "dense") -> bool:
+    """Whether the law of one of a few models is shifted."""
     for seed in range(6):
         target, drafter, _ = toys(kind, 10 * seed, vocab=4)
         outcome = measure(target, fixed(drafter, widths, draw), verifier, len(widths) + 1)
         assert abs(outcome.mass - 1) < 0.1
-        shifts.append(outcome.deviation)
-    return max(shifts)
+        if outcome.deviation > SHIFTED:
+            return True
+    return False
 
 
 def prune_by_own_q(tree: TokenTree, node: int, q: Any, k: int, rng: Any) -> None:
@@ -252,7 +252,7 @@ def pick_by_a_later_sibling(tree: TokenTree, node: int, q: Any, k: int, rng: Any
 )
 def test_a_law_that_is_not_the_one_drawn_from_shows(draw: Any, verifier: Any) -> None:
     widths = (3,) if draw is repeats_dropped else (2,)
-    assert worst(draw, verifier, widths) > SHIFTED
+    assert shows(draw, verifier, widths)
 
 
 @pytest.mark.parametrize("verifier", LAW_VERIFIERS)
@@ -294,8 +294,7 @@ def test_dropping_the_second_drafters_repeat_shows(verifier: Any) -> None:
 def test_a_broken_rule_shows(name: str, old: str, new: str) -> None:
     verifier = mutant(name, old, new, verify)
     kinds = ("dense", "zeros", "disjoint", "equal")
-    shifts = [worst("without-replacement", verifier, (1, 2), kind) for kind in kinds]
-    assert max(shifts) > SHIFTED
+    assert any(shows("without-replacement", verifier, (1, 2), kind) for kind in kinds)
 
 
 # --- baselines: exact on what they take, or refused -----------------------------------------------
@@ -349,12 +348,11 @@ def test_more_and_longer_paths_are_exact(count: int, depth: int, verifier: Any) 
 )
 def test_a_broken_baseline_shows(name: str, old: str, new: str) -> None:
     verifier = mutant(name, old, new, baselines)
-    shifts = []
-    for kind in ("dense", "ties"):
-        for seed in range(3):
-            target, drafter, _ = toys(kind, 10 * seed, vocab=3)
-            shifts.append(measure(target, paths(drafter, 2, 2), verifier, 3).deviation)
-    assert max(shifts) > SHIFTED
+    for kind, seed in itertools.product(("dense", "ties"), range(3)):
+        target, drafter, _ = toys(kind, 10 * seed, vocab=3)
+        if measure(target, paths(drafter, 2, 2), verifier, 3).deviation > SHIFTED:
+            return
+    pytest.fail("no model shows it")
 
 
 @pytest.mark.parametrize("name", ["kseq", "gbv"])
