@@ -21,6 +21,18 @@ from tests.engines import Told
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
+LONGEST = (
+    *("page", "filters", "identity", "law", "builders", "verify", "levels", "engine", "lumping"),
+    *("cli", "pressure", "triton_linear", "triton_attention", "graph", "soak", "serve_process"),
+    *("growth_native", "quantization", "serve_fuzz", "exports", "serve_tools", "tracing"),
+)
+"""Files that take long, longest first: begun last, one would keep a worker busy and others idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if "network" not in str(config.option.markexpr).replace("not network", ""):
