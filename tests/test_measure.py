@@ -5,8 +5,11 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from torch import Tensor
@@ -219,10 +222,11 @@ def test_a_model_is_measured_once(folder: Path, measured: list[Runner]) -> None:
     assert [file.suffix for file in kept()] == [".json"], "nothing half-written is left"
 
 
-def test_other_weights_config_threads_or_limits_are_measured_anew(
+def test_other_weights_config_threads_limits_or_kernels_are_measured_anew(
     folder: Path, measured: list[Runner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = Runner(toy_decoder(), 100)
+    runner.native = None
     get(folder, runner)
     (folder / "model.safetensors").write_bytes(b"other weights")
     get(folder, runner)
@@ -231,7 +235,10 @@ def test_other_weights_config_threads_or_limits_are_measured_anew(
     get(folder, runner, max_tokens=16)
     monkeypatch.setattr(measure.torch, "get_num_threads", lambda: 77)
     get(folder, runner)
-    assert len(measured) == len(kept()) == 5
+    plain = copy(runner)
+    runner.native = cast(Any, SimpleNamespace(identity="compiled", run=plain.run))
+    get(folder, runner)
+    assert len(measured) == len(kept()) == 6
 
 
 def test_an_identity_is_of_the_files_and_not_of_the_way_there(folder: Path) -> None:

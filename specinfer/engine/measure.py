@@ -295,13 +295,9 @@ def _key(folder: Path, runner: Runner, max_tokens: int) -> list[str]:
         f"device {_device_name(runner.device)}",
         f"dtype {runner.decoder.dtype} quantization {runner.decoder.quantization}",
         f"threads {torch.get_num_threads()}",
-        f"torch {torch.__version__} native kernels {_lanes(runner)}",
+        f"torch {torch.__version__} native kernels {runner.native and runner.native.identity}",
         f"shapes {' '.join(f'{n}/{spans}' for n, spans in shapes)}",
     ]
-
-
-def _lanes(runner: Runner) -> int:
-    return 0 if runner.native is None else runner.native.lanes
 
 
 def _device_name(device: torch.device) -> str:

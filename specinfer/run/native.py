@@ -49,8 +49,7 @@ class NativeSteps:
     def __init__(self, decoder: Decoder, pool: KVPool, kernels: Kernels) -> None:
         a = decoder.architecture
         self._run_step, self._grow = kernels.step, kernels.grow
-        self.lanes = kernels.lanes
-        """`Kernels.lanes`: which form runs."""
+        self.identity = kernels.identity
         self._decoder, self._pool = decoder, pool
         # What the structures point into: parameters may be given other memory.
         self._kept = [each.detach() for each in decoder.parameters()]

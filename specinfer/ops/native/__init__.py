@@ -3,6 +3,7 @@
 import ctypes
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -103,6 +104,8 @@ class Kernels:
         lanes.restype = c_int64
         self.lanes: int = lanes()
         """Floats of a vector: 16 with AVX-512, 8 with AVX2, 4 elsewhere."""
+        self.identity = Path(library._name).stem
+        """Of these very kernels, as they were compiled: another source, another name."""
         leaves_tiles = self.lanes == _MOST_LANES and has_tiles()
         self.floats = {torch.float32} if leaves_tiles else {torch.float32, torch.bfloat16}
         """What rows may be, and results."""
