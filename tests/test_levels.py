@@ -196,6 +196,21 @@ def test_prompts_need_no_graphs_of_their_own() -> None:
     assert len(steps._level_graphs) == 1
 
 
+def test_graphs_unused_for_longest_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_MOST_LEVEL_GRAPHS", 2)
+    pair = Pair(toy_decoder(3, **SMALL))
+    steps, captures = pair.runners[0]._device_steps, pair.captures[0]
+    assert steps is not None
+    counts = []
+    for num_requests in (1, 2, 1, 3, 1, 2):  # of 1, 2 and 4 rows
+        pair.grow(
+            SHAPES["one level"], lambda num=num_requests: [growth(n, [n]) for n in range(num)]
+        )
+        counts.append(captures.count)
+        assert len(steps._level_graphs) <= 2
+    assert counts == [1, 2, 2, 3, 3, 4]  # the second gave way to the third, and comes back
+
+
 def test_what_cannot_come_is_left_out_with_all_below() -> None:
     pair = Pair(toy_decoder(3, **SMALL, head=3.0))
     cold = SamplingParams(temperature=0.05)

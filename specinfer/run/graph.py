@@ -48,6 +48,10 @@ _PROGRAMS_PER_CORE = 4
 _PARTIAL_ROWS = 8192
 """Room for the sums of split prefixes in a graph: 64 requests of 4 heads a group and 8,192 keys."""
 
+_MOST_LEVEL_GRAPHS = 128
+"""Graphs of whole trees: each mix of padded levels is one, and batches of ragged trees have many
+thousands. The ladder bounds those of single steps."""
+
 _SPARE_NUMBERS = 2**16
 """Room in a graph's array beside a slot table of the whole cache."""
 
@@ -185,6 +189,7 @@ class DeviceSteps:
         tables = decoder.rotary.table(min(scratch, a.max_position_embeddings))
         self._cos, self._sin = (table.to(decoder.device) for table in tables)
         self._graphs: dict[Shape, Replay] = {}
+        # The one that was used last stands last
         self._level_graphs: dict[object, tuple[Replay, Tensor]] = {}
 
     def run(self, spans: ListLike[Span]) -> Tensor:
@@ -215,7 +220,8 @@ class DeviceSteps:
         vocab_size  tokens that may be picked: those below
         returns     per level [rows, width]: the likeliest tokens after each row, in order, -1 where
                     their probability is 0; None: no graph holds so much, and nothing was done
-        cost        one copy in, one replay and one copy out
+        cost        one copy in, one replay and one copy out; a capture where the levels' sizes are
+                    none of the last `_MOST_LEVEL_GRAPHS` mixes
         """
         last = max(max(span.positions) for level in levels for span in level.spans)
         assert last < len(self._cos)
@@ -227,9 +233,12 @@ class DeviceSteps:
             return None
         self._numbers[: len(numbers)].copy_(torch.from_numpy(numbers), non_blocking=True)
         key = vocab_size, *[(place.shape, place.width) for place in places]
-        if key not in self._level_graphs:
-            self._level_graphs[key] = self._capture_levels(places, vocab_size)
-        replay, found = self._level_graphs[key]
+        captured = self._level_graphs.pop(key, None)
+        if captured is None:
+            if len(self._level_graphs) == _MOST_LEVEL_GRAPHS:
+                del self._level_graphs[next(iter(self._level_graphs))]
+            captured = self._capture_levels(places, vocab_size)
+        self._level_graphs[key] = replay, found = captured
         replay()
         (picks,) = to_host(found)
         answers, start = [], 0
