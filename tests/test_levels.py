@@ -278,6 +278,16 @@ def test_levels_count_as_passes() -> None:
     assert sum(one.seconds for one in stats.passes) == pytest.approx(stats.seconds["draft"], 0.5)
 
 
+def test_what_was_fed_before_too_many_levels_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_SPARE_NUMBERS", 0)
+    pair, stats = Pair(toy_decoder(3, **SMALL)), EngineStats()
+    drafter = TimedDrafter(pair.drafters[0], 0, stats)
+    ShapeBuilder(SHAPES["1,1,1"]).grow([growth(0, [*range(9)]), growth(1, [4, 5])], [drafter])
+    counts = [(one.num_nodes, one.num_spans, one.num_tokens) for one in stats.passes]
+    assert counts == [(2, 2, 11), (2, 2, 2), (2, 2, 2)]
+    assert sum(one.seconds for one in stats.passes) >= 0.99 * stats.seconds["draft"]
+
+
 def test_a_failure_ends_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(levels: Any, vocab_size: int) -> None:
         raise RuntimeError("out of luck")

@@ -118,7 +118,7 @@ class LevelDrafter(Drafter, Protocol):
 
         returns  per request the tokens of its plan's nodes behind the root, -1 where the token has
                  probability 0 or stands under one that has; None: this time they are too many, and
-                 nothing was done. Afterwards nodes are known by their numbers without those
+                 none was guessed. Afterwards nodes are known by their numbers without those
         raises   as `expand`
         """
         ...

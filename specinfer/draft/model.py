@@ -57,7 +57,7 @@ class ModelDrafter:
         """
         self.name = name
         self.max_positions = runner.decoder.architecture.max_position_embeddings
-        self.num_fed = 0  # tokens computed in the last pass
+        self.num_fed = 0  # tokens computed when last asked
         self.has_levels = runner.runs_levels
         self._runner = runner
         self._vocab_size = vocab_size
@@ -86,7 +86,7 @@ class ModelDrafter:
 
     def draft_levels(self, asked: list[Planned]) -> list[list[int]] | None:
         """See `LevelDrafter.draft_levels`."""
-        num_before = self._feed_older([draft for draft, _, _ in asked])
+        self.num_fed = self._feed_older([draft for draft, _, _ in asked])
         planned = [_State(each.draft.pages, len(each.draft.tokens)) for each in asked]
         levels, rows = self._levels(asked, planned)
         num_tokens = [sum(len(span.tokens) for span in level.spans) for level in levels]
@@ -97,7 +97,7 @@ class ModelDrafter:
         picks = self._runner.run_levels(levels, vocab_size)
         if picks is None:
             return None
-        self.num_fed = num_before + sum(num_tokens)
+        self.num_fed += sum(num_tokens)
         answers = []
         for (draft, plan, _), own, places in zip(asked, planned, rows, strict=True):
             tokens, nodes, tree = list[int](), {0: 0}, plan.tree

@@ -30,6 +30,7 @@ class TimedDrafter:
         self.has_levels = isinstance(drafter, LevelDrafter) and drafter.has_levels
         self._drafter = drafter
         self._stats = stats
+        self._uncounted = (0, 0.0)  # tokens and seconds before a pass that has yet to be counted
 
     def expand(self, frontier: list[tuple[Draft, list[int]]]) -> Tensor | list[list[Pick]]:
         """See `Drafter.expand`.
@@ -44,8 +45,11 @@ class TimedDrafter:
         if answer is None:
             raise DrafterFailedError(self.name)
         num_nodes = sum(len(nodes) for _, nodes in frontier)
-        num_tokens = getattr(self._drafter, "num_fed", num_nodes)  # drafters without a model: none
-        seconds = time.perf_counter() - start
+        before, before_s = self._uncounted
+        self._uncounted = (0, 0.0)
+        # Drafters without a model feed none
+        num_tokens = before + getattr(self._drafter, "num_fed", num_nodes)
+        seconds = before_s + time.perf_counter() - start
         self._stats.passes.append(Pass(self._source, num_nodes, len(frontier), num_tokens, seconds))
         return answer
 
@@ -67,6 +71,9 @@ class TimedDrafter:
     def draft_levels(self, asked: list[Planned]) -> list[list[int]] | None:
         """See `LevelDrafter.draft_levels`; every level counts as a pass, all of the same time.
 
+        Where they are too many, what texts lacked may have been computed: it counts with the pass
+        that follows, which on a GPU is also the one that waits for it.
+
         raises  DrafterFailedError where the drafter raises
         """
         if self.is_failed:
@@ -77,8 +84,11 @@ class TimedDrafter:
             answer = self._drafter.draft_levels(asked)
         if self.is_failed:
             raise DrafterFailedError(self.name)
+        seconds = time.perf_counter() - start
         if answer is not None:
-            self._count_levels([each.plan.levels for each in asked], time.perf_counter() - start)
+            self._count_levels([each.plan.levels for each in asked], seconds)
+        else:
+            self._uncounted = getattr(self._drafter, "num_fed", 0), seconds
         return answer
 
     def _count_levels(self, levels: list[list[list[int]]], seconds: float) -> None:
