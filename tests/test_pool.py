@@ -1,5 +1,6 @@
 """Model-free: the pages hold what was written, and keep an accepted path as a fresh cache would."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -132,3 +133,9 @@ def test_more_than_there_is_is_refused() -> None:
     for num_slots in (1 << 50, 1 << 62):
         with pytest.raises(CapacityError, match="lower kv_cache_memory"):
             pool_of(num_slots)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_NOHUGEPAGE"), reason="needs Linux's madvise")
+def test_a_kernel_without_huge_pages_serves_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_NOHUGEPAGE", 9999)  # as unknown there
+    assert pool_of(10).num_slots == 10

@@ -2,6 +2,7 @@
 
 import math
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -80,5 +81,6 @@ def _untouched(num_bytes: int) -> Tensor:
             f"{num_bytes} bytes for K and V could not be had ({error}): lower kv_cache_memory"
         ) from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # where the system gives huge pages unasked
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        with suppress(OSError):  # a kernel made without them refuses the word
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
