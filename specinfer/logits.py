@@ -191,9 +191,11 @@ def _argmax(scores: Tensor) -> Tensor:
 
 
 def sound_argmax(scores: Tensor) -> Tensor:
-    """The same, and `NO_PICK` for a row that is not finite.
+    """The likeliest token of each row, the lowest id among equals.
 
-    cost  one more score per row: to argmax, NaN and infinity are more than any number
+    scores   [rows, vocab]
+    returns  [rows] int64; `NO_PICK` for a row that is not finite
+    cost     one more score per row: to argmax, NaN and infinity are more than any number
     """
     if scores.device.type == "cpu":  # a third of the time of as many operations of torch
         rows = scores.detach().numpy()
