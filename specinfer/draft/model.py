@@ -10,7 +10,7 @@ from torch.nn import functional
 from specinfer.cache.blocks import Pages
 from specinfer.draft.base import Draft, Planned
 from specinfer.ops.native import Growing
-from specinfer.run.batch import Level, Span
+from specinfer.run.batch import Level, Span, piece
 from specinfer.run.runner import Runner
 
 _NEWEST = 2
@@ -126,7 +126,7 @@ class ModelDrafter:
             state = self._state(draft)
             count = len(draft.tokens) - state.num_computed - _NEWEST
             if count > 0:
-                older.append((state, _split(self._catch_up(draft, state), count)[0]))
+                older.append((state, piece(self._catch_up(draft, state), 0, count)))
         if older:
             self._run([span for _, span in older])
         num_tokens = 0
@@ -178,8 +178,7 @@ class ModelDrafter:
         """Compute the first so many of them, fewer than are missing, and guess nothing."""
         state = self._state(draft)
         assert count < len(draft.tokens) - state.num_computed
-        head, _ = _split(self._catch_up(draft, state), count)
-        self._run([head])
+        self._run([piece(self._catch_up(draft, state), 0, count)])
         state.num_computed += count
 
     def grow_on(
@@ -311,31 +310,7 @@ class ModelDrafter:
             longest = max(spans, key=lambda span: len(span.tokens))
             if longest.mask is not None or len(longest.tokens) == 1:
                 break
-            cut = min(len(longest.tokens) - 1, self._max_tokens)
-            head, tail = _split(longest, cut)
-            self._runner.run([head])
-            spans[spans.index(longest)] = tail
+            count = min(len(longest.tokens) - 1, self._max_tokens)
+            self._runner.run([piece(longest, 0, count)])
+            spans[spans.index(longest)] = piece(longest, count, len(longest.tokens))
         return self._runner.run(spans)
-
-
-def _split(span: Span, cut: int) -> tuple[Span, Span]:
-    """A chain as two: the first `cut` tokens, without logits, and the rest."""
-    head = Span(
-        tokens=span.tokens[:cut],
-        positions=span.positions[:cut],
-        pages=span.pages,
-        prefix=span.prefix,
-        start=span.start,
-        mask=None,
-        num_logits=0,
-    )
-    tail = Span(
-        tokens=span.tokens[cut:],
-        positions=span.positions[cut:],
-        pages=span.pages,
-        prefix=span.prefix + cut,
-        start=span.start + cut,
-        mask=None,
-        num_logits=span.num_logits,
-    )
-    return head, tail

@@ -103,16 +103,18 @@ def cut(spans: Sequence[Span], most_tokens: int) -> Iterator[list[Span]]:
                 yield part
                 part, room = [], most_tokens
                 continue
-            part.append(_piece(span, done, done + count))
+            part.append(piece(span, done, done + count))
             done, room = done + count, room - count
     if part:
         yield part
 
 
-def _piece(span: Span, start: int, stop: int) -> Span:
+def piece(span: Span, start: int, stop: int) -> Span:
+    """Tokens start … stop - 1 of a chain, or all of any span, with the logits that they owe."""
     size = len(span.tokens)
     if stop - start == size:
         return span
+    assert span.mask is None
     return replace(
         span,
         tokens=span.tokens[start:stop],
