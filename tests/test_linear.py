@@ -32,7 +32,7 @@ KINDS = [BlockedWeight, streamed, NativeWeight.of_floats]
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 12, 17, 64, 129])
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 5), (33, 17), (96, 64)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 5), (33, 17), (96, 64), (40, 1100)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_equals_plain(kind, outputs, inputs, rows, bias, dtype):
     require(kind, dtype)
@@ -83,10 +83,13 @@ def test_rows_are_independent(kind, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_our_rows_are_the_same_in_any_company(dtype):
+    """Tiles of a row to twelve, several by chunks of a panel, and wide ones."""
     require(NativeWeight.of_floats, dtype)
-    x, packed = torch.randn(70, 200).to(dtype), pack(torch.randn(70, 200).to(dtype))
+    x, packed = torch.randn(70, 1100).to(dtype), pack(torch.randn(70, 1100).to(dtype))
     together = packed.multiply(x)
-    for rows in (slice(0, 1), slice(3, 6), slice(10, 22), slice(20, 70)):
+    alone = torch.cat([packed.multiply(row) for row in x.split(1)])
+    assert torch.equal(alone, together)
+    for rows in (slice(3, 6), slice(10, 22), slice(10, 23), slice(9, 57), slice(20, 70)):
         assert torch.equal(packed.multiply(x[rows]), together[rows])
 
 

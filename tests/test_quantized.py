@@ -31,7 +31,9 @@ def apart(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 5), (61, 33), (96, 64), (32, 400)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(1, 1), (7, 5), (61, 33), (96, 64), (32, 400), (40, 2100)]
+)
 def test_int8_is_its_formula_to_the_bit(outputs, inputs, bias, dtype):
     values, scales = quantize_int8(random(outputs, inputs))
     weights = [Int8Weight(values, scales, fast=fast) for fast in (True, False)]
