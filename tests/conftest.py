@@ -17,7 +17,7 @@ from specinfer.engine.times import StepTimes
 from specinfer.paths import cache_folder
 from tests.engines import Told
 
-# Nor are hypothesis' examples
+# Nor is an example of hypothesis', or the making of it: a busy machine may take long over any
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
