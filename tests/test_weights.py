@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -357,6 +358,18 @@ before = status("VmRSS")
 decoder = load_decoder(Path(sys.argv[1]), dtype=sys.argv[2])
 print(status("VmHWM") - before, status("VmRSS") - before)
 """
+
+
+def test_a_model_that_was_read_leaves_no_holes_in_the_heap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[int] = []
+    libc = SimpleNamespace(malloc_trim=trimmed.append)
+    write_checkpoint(tmp_path)
+    load_decoder(tmp_path)  # compiles and loads what it needs
+    monkeypatch.setattr(weights.ctypes, "CDLL", lambda name: libc)
+    load_decoder(tmp_path)
+    assert trimmed == [0] * (sys.platform == "linux")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")

@@ -9,6 +9,7 @@ import ctypes
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,9 +102,10 @@ def _return_holes() -> None:
 
     Of the 1B cost in int8 that was 12 to 46 MiB, by chance. Where malloc is not glibc's, it stays.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def resolve_dtype(path: Path, dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
