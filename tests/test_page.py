@@ -396,7 +396,7 @@ def test_a_full_context_offers_a_new_chat(page: Page) -> None:
     finished(page)
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("No room in the context")
-    expect(page.locator(".message.assistant").last.get_by_role("button")).to_have_count(1)
+    expect(page.locator(".message.assistant").last.get_by_role("button")).to_have_count(2)
     expect(page.locator("#tree .empty")).to_be_visible()  # the last answer's tree is gone
     alert.get_by_role("button", name="New chat").click()
     assert page.locator(".message").count() == 0

@@ -83,8 +83,8 @@ export class AnswerView {
   fail(error) {
     this.draw();
     const isFull = error.code === "context_length_exceeded" && this.on.restart;
-    const remedy = isFull ? ["New chat", this.on.restart] : ["Try again", this.on.again];
-    this.setAside(errorBox(error, [remedy]));
+    const restart = isFull ? [["New chat", this.on.restart]] : [];
+    this.setAside(errorBox(error, [...restart, ["Try again", this.on.again]])); // with fewer tokens it may fit
   }
 
   /** Characters start … end - 1 as spans, one per token. */
