@@ -200,7 +200,7 @@ class Speculator:
             choice = work.job.sequence.choice
             if choice is None or work.grown is None:
                 continue
-            if tuple(work.sources) in choice.arms:  # not where no model could be asked this time
+            if tuple(work.sources) in choice.arms:  # not where models could not be asked
                 cost = sum(
                     self.controller.pass_s(one) / one.num_spans
                     for one in self._stats.passes

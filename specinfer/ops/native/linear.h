@@ -215,13 +215,13 @@ void multiply_rows(const int32_t *x, size_t stride, size_t rows, const char *pan
     constexpr size_t MOST = LANES < 16 ? MAX_SUMS / VECTORS : 8, CHUNK = LANES < 16 ? 64 : 256;
     const size_t tiles = (rows + MOST - 1) / MOST, chunks = (steps + CHUNK - 1) / CHUNK;
     for (size_t i = 0; i < rows * VECTORS; i++) to[i] = T::zero();
-    for (size_t c = 0; c < chunks; c++) {
-        const size_t begin = steps * c / chunks, end = steps * (c + 1) / chunks;
+    for (size_t chunk = 0; chunk < chunks; chunk++) {
+        const size_t begin = steps * chunk / chunks, end = steps * (chunk + 1) / chunks;
         for (size_t t = 0; t < tiles; t++) {
-            const size_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
+            const size_t row = rows * t / tiles, height = rows * (t + 1) / tiles - row;
             const size_t from = (end - begin) * t / tiles, until = (end - begin) * (t + 1) / tiles;
             const size_t middle = begin + until - from;
-            with_count<MOST>(count, [&](auto count) {
+            with_count<MOST>(height, [&](auto count) {
                 typename T::Sum sum[count()][VECTORS], *mine = to + row * VECTORS;
                 const int32_t *own = x + row * stride;
                 const char *ahead = panel + (end + from) * STEP;
